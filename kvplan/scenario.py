@@ -1,0 +1,123 @@
+"""Scenario files: deployments in YAML or TOML, so that a plan can be kept beside the server it describes.
+
+::
+
+    gpu: h200                # fields beside `deployments` apply to each of them
+    context_tokens: 32k
+    deployments:
+      - {name: chat, model: 70b, tp_size: 4, kv_cache_dtype: fp8}
+      - {name: code, model: qwen3-32b, tp_size: 2}
+
+One deployment needs no list: its fields stand alone. Field names are those of a sizing request; what a field may hold
+is for whoever plans it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvplan.errors import InputError, shorten
+
+MAX_FILE_BYTES = 2**20
+MAX_DEPLOYMENTS = 1000
+SUFFIXES = (".yaml", ".yml", ".toml", ".json")
+Scalar = str | int | float | bool | None
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """One deployment of a scenario: its name (the model's, when it has none) and its fields."""
+
+    name: str
+    options: Mapping[str, Scalar]
+
+
+def read_scenario(path: Path) -> tuple[Deployment, ...]:
+    """The deployments of a scenario file, in order; at least one.
+
+    Raises:
+        InputError: the file cannot be read, is not YAML or TOML, or does not hold deployments.
+
+    """
+    data = _parsed(path)
+    shared = {key: value for key, value in data.items() if key != "deployments"}
+    listed = data.get("deployments", [{}])
+    if not isinstance(listed, list) or not listed or len(listed) > MAX_DEPLOYMENTS:
+        raise InputError(
+            f"{path}: deployments must be a list of 1 to {MAX_DEPLOYMENTS:,} entries",
+            hint="or leave `deployments` out and write the fields of one",
+        )
+    found = tuple(_deployment(path, number, shared, entry) for number, entry in enumerate(listed, 1))
+    names = [deployment.name for deployment in found]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"{path}: two deployments are called {shorten(twice, 40)!r}", hint="give each its own `name`")
+    return found
+
+
+def one_deployment(path: Path) -> Deployment:
+    """The only deployment of a scenario file.
+
+    Raises:
+        InputError: the file cannot be read, or holds several.
+
+    """
+    found = read_scenario(path)
+    if len(found) > 1:
+        raise InputError(f"{path}: {len(found)} deployments where one is meant", hint="write a file with that one")
+    return found[0]
+
+
+def _deployment(path: Path, number: int, shared: Mapping[str, Any], entry: Any) -> Deployment:
+    if not isinstance(entry, dict):
+        raise InputError(f"{path}: deployment {number} is not a set of fields", hint="write - {model: 70b, gpu: h200}")
+    options = {**shared, **entry}
+    for key, value in options.items():
+        if not isinstance(key, str) or not isinstance(value, str | int | float | bool | None):
+            raise InputError(f"{path}: {shorten(key, 40)} of deployment {number} must be text, a number, true or false")
+    name = options.pop("name", None)
+    fallback = options.get("model") or f"deployment {number}"
+    return Deployment(str(fallback if name is None else name), options)
+
+
+def _parsed(path: Path) -> Mapping[str, Any]:
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise InputError(f"{path}: larger than {MAX_FILE_BYTES >> 20} MiB, not a scenario")
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or type(error).__name__})") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text", hint="a scenario is a YAML or TOML file") from error
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise InputError(f"{path}: a scenario is a .yaml or .toml file", hint="its suffix says how to read it")
+    data = _toml(path, text) if suffix == ".toml" else _yaml(path, text)
+    if not isinstance(data, dict) or not data:
+        raise InputError(f"{path}: no fields in it", hint="write model: 70b and gpu: h200, or a list of deployments")
+    return data
+
+
+def _toml(path: Path, text: str) -> Any:
+    import tomllib
+
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path}: not TOML: {shorten(str(error), 120)}") from error
+
+
+def _yaml(path: Path, text: str) -> Any:
+    """YAML, and JSON as a part of it; plain values only, nothing is executed."""
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f" at line {mark.line + 1}"
+        problem = getattr(error, "problem", None) or type(error).__name__
+        raise InputError(f"{path}: not YAML{where}: {shorten(str(problem), 120)}") from error
