@@ -64,8 +64,8 @@ def calibrate_command(
 
 
 def _show(document: dict[str, object], lines: list[ErrorLine] | None, found: Predictions | None) -> None:
-    from kvplan.report.calibration_view import show_errors, show_fit
-    from kvplan.report.console import make_console
+    from kvplan.terminal.calibration_view import show_errors, show_fit
+    from kvplan.terminal.console import make_console
 
     console = make_console()
     show_fit(console, document)

@@ -189,8 +189,8 @@ def _lines(
     if as_json:
         _print_json(lines, failures, contexts)
         return
-    from kvplan.report.itl_view import show_lines
-    from kvplan.report.plain import Page
+    from kvplan.terminal.itl_view import show_lines
+    from kvplan.terminal.plain import Page
 
     show_lines(Page(), lines, [(label, error.message) for label, error in failures], explain=explain)
 
@@ -249,8 +249,8 @@ def _load(fixed: dict[str, Any], lists: dict[str, list[Any]], load: tuple[str | 
         found: Any = rows[0] if len(rows) == 1 and not errors else {"plans": rows, "errors": errors}
         sys.stdout.write(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
         return
-    from kvplan.report.itl_view import show_load
-    from kvplan.report.plain import Page
+    from kvplan.terminal.itl_view import show_load
+    from kvplan.terminal.plain import Page
 
     show_load(Page(), plans, explain=explain)
     for label, problem in failures:

@@ -29,7 +29,7 @@ def models_command(as_json: JSON = False) -> None:
     if as_json:
         _emit(rows)
         return
-    from kvplan.report.console import add_row, make_console, make_table
+    from kvplan.terminal.console import add_row, make_console, make_table
 
     table = make_table("model", "parameters", "also called", right=(1,), wrap=(2,))
     for row in rows:
@@ -49,7 +49,7 @@ def gpus_command(as_json: JSON = False) -> None:
     if as_json:
         _emit(rows)
         return
-    from kvplan.report.console import add_row, make_console, make_table
+    from kvplan.terminal.console import add_row, make_console, make_table
 
     table = make_table("GPU", "GiB", "TB/s", "arch", "also called", right=(1, 2), wrap=(4,))
     for row in rows:
@@ -79,7 +79,7 @@ def dtypes_command(as_json: JSON = False) -> None:
     if as_json:
         _emit(rows)
         return
-    from kvplan.report.console import add_row, make_console, make_table
+    from kvplan.terminal.console import add_row, make_console, make_table
 
     table = make_table("KV dtype", "B", "scales", "gain", "what it is", right=(1, 2, 3), wrap=(4,))
     for row in rows:

@@ -161,8 +161,8 @@ def measure_command(
     if as_json:
         sys.stdout.write(report.to_json() + "\n")
     else:
-        from kvplan.report.console import make_console
-        from kvplan.report.measure_view import show_measure
+        from kvplan.terminal.console import make_console
+        from kvplan.terminal.measure_view import show_measure
 
         show_measure(make_console(), report)
     sys.stdout.flush()

@@ -33,7 +33,7 @@ def profiles_command(context: typer.Context, as_json: JSON = False) -> None:
     if as_json:
         sys.stdout.write(json.dumps({"calibrations": rows, **counts}, indent=2) + "\n")
         return
-    from kvplan.report.console import add_row, make_console, make_table
+    from kvplan.terminal.console import add_row, make_console, make_table
 
     table = make_table("calibration", "kind", "GPU", "engine", "samples", "date", "from", right=(4,), wrap=(0,))
     for row in rows:
@@ -68,8 +68,8 @@ def show_command(
         if as_json or kind not in (KIND, *OTHER_KINDS):
             sys.stdout.write(json.dumps(found.data, indent=2) + "\n")
             return
-        from kvplan.report.calibration_view import show_attention, show_other
-        from kvplan.report.console import make_console
+        from kvplan.terminal.calibration_view import show_attention, show_other
+        from kvplan.terminal.console import make_console
 
         show = show_attention if kind == KIND else show_other
         show(make_console(), found.data, found.origin)

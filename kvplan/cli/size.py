@@ -109,9 +109,9 @@ def _one(request: dict[str, Any], as_json: bool, explain: bool, check: bool) -> 
     if as_json:
         sys.stdout.write(plan.to_json(indent=2) + "\n")
     else:
-        from kvplan.report.console import make_console
-        from kvplan.report.explain import explained
-        from kvplan.report.size_view import show_size
+        from kvplan.terminal.console import make_console
+        from kvplan.terminal.explain import explained
+        from kvplan.terminal.size_view import show_size
 
         if explain:
             plan = explained(plan)
@@ -147,8 +147,8 @@ def _sweep(fixed: dict[str, Any], lists: dict[str, list[Any]], varied: list[str]
         errors = [{"request": chosen, "error": error.as_dict()} for chosen, error in failures]
         sys.stdout.write(json.dumps({"plans": rows, "errors": errors}, indent=2) + "\n")
     else:
-        from kvplan.report.console import make_console
-        from kvplan.report.size_view import show_sweep
+        from kvplan.terminal.console import make_console
+        from kvplan.terminal.size_view import show_sweep
 
         show_sweep(make_console(), plans, varied, [(chosen, error.message) for chosen, error in failures])
     if check and (failures or not all(plan.fits for plan in plans)):

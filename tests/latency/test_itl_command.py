@@ -12,8 +12,8 @@ import pytest
 
 import kvplan
 from kvplan.latency.plan import DEFINITIONS
-from kvplan.report.plain import wrap
-from kvplan.report.plot import PlotLine, draw
+from kvplan.terminal.plain import wrap
+from kvplan.terminal.plot import PlotLine, draw
 
 BASE = ("itl", "--model", "70b", "--gpu", "h200", "--tp", "4")
 SEED = (*BASE, "--batch", "32", "--ctx", "1k..128k", "--kv-cache-dtype", "bf16,fp8,fp8_per_token_head")

@@ -143,7 +143,7 @@ def test_a_request_survives_its_json() -> None:
 
 def test_planning_and_the_command_line_load_no_torch() -> None:
     code = (
-        "import sys, kvplan.cli.app, kvplan.measure.run, kvplan.measure.plan as p, kvplan.report.measure_view\n"
+        "import sys, kvplan.cli.app, kvplan.measure.run, kvplan.measure.plan as p, kvplan.terminal.measure_view\n"
         "p.model_shapes('70b', 8); p.parse_kv_dtypes(['fp8'])\n"
         "print(*(n for n in ('torch', 'triton') if n in sys.modules))"
     )

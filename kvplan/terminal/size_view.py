@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from kvplan.memory.budget import OUTSIDE
 from kvplan.memory.plan import FormatRow, SizePlan
-from kvplan.report.console import add_row, make_table
+from kvplan.terminal.console import add_row, make_table
 from kvplan.units import format_bytes, format_count, format_gib, format_percent, format_ratio, format_tokens
 
 if TYPE_CHECKING:

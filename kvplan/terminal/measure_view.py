@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from kvplan.measure.analysis import CalibrationResult, CellRow, Comparison, MeasureReport
 from kvplan.measure.step_plan import StepReport
-from kvplan.report.console import add_row, make_table
+from kvplan.terminal.console import add_row, make_table
 from kvplan.units import format_bytes_per_s, format_count, format_percent, format_ratio, format_seconds, format_tokens
 
 if TYPE_CHECKING:

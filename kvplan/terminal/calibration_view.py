@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from kvplan.report.console import add_row, make_table
+from kvplan.terminal.console import add_row, make_table
 from kvplan.units import format_percent, format_seconds
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TextIO
 
-from kvplan.report.console import MAX_WIDTH, MIN_WIDTH, PIPED_WIDTH
+from kvplan.terminal.console import MAX_WIDTH, MIN_WIDTH, PIPED_WIDTH
 
 STYLES = {"bold": "1", "dim": "2", "yellow": "33"}
 

@@ -9,8 +9,8 @@ from kvplan.latency.lines import BREAK_EVEN_GAIN, ItlLine, traffic_of
 from kvplan.latency.plan import DEFINITIONS, ItlPlan
 from kvplan.latency.planner import kernel_kv_stream, parameters_of
 from kvplan.latency.step import stream_share
-from kvplan.report.plain import Page
-from kvplan.report.plot import PlotLine, draw
+from kvplan.terminal.plain import Page
+from kvplan.terminal.plot import PlotLine, draw
 from kvplan.units import format_bytes, format_percent, format_seconds, format_tokens
 
 if TYPE_CHECKING:
