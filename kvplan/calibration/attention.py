@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from kvplan.calibration.attention_model import (
 )
 from kvplan.calibration.map_fit import STEP
 from kvplan.dtypes import canonical_kv_dtype, kv_format
-from kvplan.errors import InputError
+from kvplan.errors import InputError, ProfileError, shorten
 
 Array = NDArray[Any]
 REGIMES = ("l2", "edge", "memory")
@@ -235,6 +236,22 @@ def find_attention(gpu_name: str, engine: str) -> AttentionCalibration | None:
 
     found = store.find("attention", gpu_name, engine)
     return None if found is None else attention_from_json(found.data, found.where, found.origin)
+
+
+def read_attention(path: Path, gpu_name: str) -> AttentionCalibration:
+    """The decode-attention calibration in ``path``, which must be of ``gpu_name``.
+
+    Raises:
+        ProfileError: it cannot be read, breaks its schema, or is of another GPU.
+
+    """
+    from kvplan.calibration.schema import attention_from_json
+
+    found = attention_from_json(store.read(path), str(path), store.GIVEN)
+    if found.gpu != gpu_name:
+        raise ProfileError(f"{path}: a calibration of {shorten(found.gpu, 40)}, not of {gpu_name}",
+                           hint="calibrate on this GPU, or leave --calibration out")  # fmt: skip
+    return found
 
 
 def _element_bits(kv_dtype: str) -> float:

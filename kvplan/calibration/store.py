@@ -18,6 +18,7 @@ from kvplan.errors import ProfileError
 
 SHIPPED = "shipped"
 MEASURED_HERE = "measured here"
+GIVEN = "given"
 MAX_FILE_BYTES = 16 * 2**20
 
 

@@ -90,6 +90,7 @@ def itl_command(
     block_size: options.BlockSize = None,
     utilization: options.MemoryFraction = None,
     kv_cache_memory: options.KvCacheMemory = None,
+    calibration: options.Calibration = None,
     isl: InputTokens = None,
     osl: OutputTokens = None,
     concurrency: Concurrency = None,
@@ -114,6 +115,7 @@ def itl_command(
         "engine": engine,
         "engine_version": engine_version,
         "block_size_tokens": block_size,
+        "calibration": calibration,
         "gpu_memory_utilization": utilization,
         "kv_cache_memory_bytes": None
         if kv_cache_memory is None

@@ -159,6 +159,12 @@ GraphMemory = Annotated[str | None, typer.Option("--graph-memory", help="CUDA gr
 OverheadMemory = Annotated[
     str | None, typer.Option("--overhead-memory", help="Everything else per GPU.", rich_help_panel=MEMORY)
 ]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        "--calibration", help="Attention calibration (`kvplan calibrate`) to use for this GPU.", rich_help_panel=ENGINE
+    ),
+]
 Layers = Annotated[
     int | None, typer.Option("--layers", help="Layers, for a model without a config.", rich_help_panel=SHAPE)
 ]

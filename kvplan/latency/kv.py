@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvplan.dtypes import kv_format
@@ -33,15 +34,20 @@ class KvSpeed(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def attention_calibration(gpu_name: str, engine: str) -> AttentionCalibration | None:
-    """The decode-attention calibration of an engine on a GPU, remembered; None when there is none."""
-    from kvplan.calibration.attention import find_attention
+def attention_calibration(gpu_name: str, engine: str, path: str | None = None) -> AttentionCalibration | None:
+    """The decode-attention calibration of an engine on a GPU, remembered; None when there is none.
 
-    return find_attention(gpu_name, engine)
+    Raises:
+        ProfileError: ``path`` is given and holds no calibration of this GPU.
+
+    """
+    from kvplan.calibration.attention import find_attention, read_attention
+
+    return find_attention(gpu_name, engine) if path is None else read_attention(Path(path), gpu_name)
 
 
 @lru_cache(maxsize=1024)
-def kv_speed(gpu_name: str, engine: str, kv_dtype: str, latent: bool) -> KvSpeed:
+def kv_speed(gpu_name: str, engine: str, kv_dtype: str, latent: bool, calibration_path: str | None = None) -> KvSpeed:
     """The slowdown per byte of ``kv_dtype``, from a kernel calibration where one covers it, else assumed.
 
     Args:
@@ -49,13 +55,14 @@ def kv_speed(gpu_name: str, engine: str, kv_dtype: str, latent: bool) -> KvSpeed
         engine: canonical engine name.
         kv_dtype: a resolved KV format.
         latent: whether the layers that read the context are latent attention, which no kernel calibration covers.
+        calibration_path: a calibration file to use instead of the one this GPU and engine have.
 
     """
     fmt = kv_format(kv_dtype)
     bits = min(fmt.key_bits, fmt.value_bits)
     if bits >= 16:
         return KvSpeed(1.0, "exact", "16 bits are the reference")
-    calibration = None if latent else attention_calibration(gpu_name, engine)
+    calibration = None if latent else attention_calibration(gpu_name, engine, calibration_path)
     ratio = None if calibration is None else calibration.slope_ratio(kv_dtype)
     if ratio is not None:
         content = fmt.content_bytes(REFERENCE_HEAD_DIM, REFERENCE_HEAD_DIM)

@@ -86,11 +86,12 @@ def plan_points(served: Served, points: Sequence[Point]) -> list[ItlPlan]:
 
 def parameters_of(served: Served) -> dict[str, float]:
     """The parameters of a deployment; where no serving measurement covers GPU and engine but a kernel calibration does,
-    KV streams at what the kernel reaches.
+    or a calibration was given, KV streams at what the kernel reaches.
     """
     calibration = serving_calibration()
     parameters = calibration.parameters(served.traits)
-    if calibration.gpu_engines.get(f"{served.traits.gpu}|{served.traits.engine}") is None:
+    served_here = calibration.gpu_engines.get(f"{served.traits.gpu}|{served.traits.engine}") is not None
+    if served.request.calibration is not None or not served_here:
         reached = kernel_kv_stream(served)
         if reached is not None:
             parameters["kv_stream"] = log_share_of(reached)
@@ -99,7 +100,7 @@ def parameters_of(served: Served) -> dict[str, float]:
 
 def kernel_kv_stream(served: Served) -> float | None:
     """Share of peak bandwidth the calibrated attention kernel reads this model's 16-bit KV at; None without one."""
-    calibration = attention_calibration(served.gpu.name, served.setup.engine.name)
+    calibration = attention_calibration(served.gpu.name, served.setup.engine.name, served.request.calibration)
     if calibration is None or is_latent(served.model):
         return None
     shapes = [c for layer in served.model.layers for c in layer.caches if isinstance(c, AttentionCache)]

@@ -21,6 +21,7 @@ POINT_FIELDS = ("context_tokens", "batch_size", "input_tokens", "output_tokens",
 
 _SHAPE_FIELDS = ("num_layers", "num_kv_heads", "head_dim", "num_parameters", "window_tokens")
 _OWN_COUNTS = ("attention_dp_size", "moe_tp_size", "moe_ep_size")
+CALIBRATION = "calibration"
 _STORED_AS = {
     "nvfp4": "nvfp4",
     "fp4": "nvfp4",
@@ -41,6 +42,7 @@ class ItlRequest:
         size: model, GPU, engine, ranks, KV format; ``kv_cache_dtype`` as resolved.
         kv_dtype_given: whether the KV format was stated; else it is assumed from engine and weights.
         attention_dp_size, moe_tp_size, moe_ep_size: as engines and benchmark tables state them; None is not stated.
+        calibration: an attention calibration file to use instead of the one this GPU and engine have.
 
     """
 
@@ -49,15 +51,18 @@ class ItlRequest:
     attention_dp_size: int | None = None
     moe_tp_size: int | None = None
     moe_ep_size: int | None = None
+    calibration: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Flat, as it is asked, less the point and the fields of a model from flags."""
         left_out = (*POINT_FIELDS, *_SHAPE_FIELDS)
         found = {key: value for key, value in asdict(self.size).items() if key not in left_out}
-        return found | {name: getattr(self, name) for name in _OWN_COUNTS}
+        return found | {name: getattr(self, name) for name in (*_OWN_COUNTS, CALIBRATION)}
 
 
-ALL_FIELDS = tuple(dict.fromkeys((*(f for f in SIZE_FIELDS if f not in _SHAPE_FIELDS), *_OWN_COUNTS, *POINT_FIELDS)))
+ALL_FIELDS = tuple(
+    dict.fromkeys((*(f for f in SIZE_FIELDS if f not in _SHAPE_FIELDS), *_OWN_COUNTS, CALIBRATION, *POINT_FIELDS))
+)
 
 
 def make_itl_request(options: Mapping[str, Any]) -> ItlRequest:
@@ -67,7 +72,7 @@ def make_itl_request(options: Mapping[str, Any]) -> ItlRequest:
         InputError: an unknown or impossible field, or no model or GPU; the message names it.
 
     """
-    own: dict[str, int | None] = {}
+    own: dict[str, Any] = {}
     rest: dict[str, Any] = {}
     for name, value in options.items():
         if name not in ALL_FIELDS:
@@ -78,6 +83,8 @@ def make_itl_request(options: Mapping[str, Any]) -> ItlRequest:
             )
         if name in _OWN_COUNTS:
             own[name] = _count_or_unstated(name, value)
+        elif name == CALIBRATION:
+            own[name] = _path(value)
         elif value is not None and name not in POINT_FIELDS:
             rest[name] = value
     size = make_request(rest)
@@ -96,6 +103,12 @@ def _count_or_unstated(name: str, value: Any) -> int | None:
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 4096:
         raise InputError(f"{name} must be between 1 and 4,096, not {shorten(value, 40)}")
+    return value
+
+
+def _path(value: Any) -> str | None:
+    if value is not None and (not isinstance(value, str) or not value.strip()):
+        raise InputError(f"{CALIBRATION} must be the path of a file, not {shorten(repr(value), 40)}")
     return value
 
 

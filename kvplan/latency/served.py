@@ -187,7 +187,7 @@ def serve(request: ItlRequest) -> Served:
     traffic = make_traffic(model, plan, deployment, dtype)
     assert setup.gpu is not None
     stored = stored_kv_dtype(plan, model)
-    speed = kv_speed(setup.gpu.name, engine, stored, is_latent(model))
+    speed = kv_speed(setup.gpu.name, engine, stored, is_latent(model), request.calibration)
     shown = replace(size, model=model.name, gpu=setup.gpu.name, engine=engine, engine_version=plan.version,
                     weight_dtype=dtype or traffic.weights["expert" if traffic.num_experts else "mlp"].format,
                     kv_cache_dtype=stored, block_size_tokens=plan.block_size_tokens)  # fmt: skip

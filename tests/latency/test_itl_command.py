@@ -15,6 +15,8 @@ from kvplan.latency.plan import DEFINITIONS
 from kvplan.terminal.plain import wrap
 from kvplan.terminal.plot import PlotLine, draw
 
+ROOT = Path(__file__).parents[2]
+
 BASE = ("itl", "--model", "70b", "--gpu", "h200", "--tp", "4")
 SEED = (*BASE, "--batch", "32", "--ctx", "1k..128k", "--kv-cache-dtype", "bf16,fp8,fp8_per_token_head")
 
@@ -208,3 +210,33 @@ def test_every_readme_command_of_the_section_runs(kvplan_cli: Callable[..., Any]
         words = shlex.split(line.split("  #")[0].split(">")[0])
         ran = kvplan_cli(*(str(cases) if word == "requests.jsonl" else word for word in words[1:]))
         assert ran.code == 0 and ran.out, line
+
+
+def test_a_given_calibration_replaces_the_shipped_one_and_says_so(kvplan_cli: Callable[..., Any]) -> None:
+    """The trtllm kernels of an H100 read fp8 at another rate than vLLM's: the file given is the one that counts."""
+    given = ROOT / "profiles" / "calibrations" / "attention-h100-sxm-tensorrt-llm.json"
+    words = (
+        "itl",
+        "--model",
+        "70b",
+        "--gpu",
+        "h100-sxm",
+        "--tp",
+        "4",
+        "--ctx",
+        "8k",
+        "--kv-cache-dtype",
+        "fp8",
+        "--json",
+    )
+    shipped, chosen = kvplan_cli(*words).json, kvplan_cli(*words, "--calibration", str(given)).json
+    assert chosen["slope_ratio"] < shipped["slope_ratio"]
+    assert "given" in chosen["slope_ratio_detail"]
+    assert chosen["request"]["calibration"] == str(given)
+
+
+def test_a_calibration_of_another_gpu_is_refused(kvplan_cli: Callable[..., Any]) -> None:
+    given = ROOT / "profiles" / "calibrations" / "attention-h100-sxm-vllm.json"
+    done = kvplan_cli("itl", "--model", "70b", "--gpu", "h200", "--calibration", str(given))
+    assert done.code == 2
+    assert "a calibration of h100-sxm, not of h200" in done.err
