@@ -15,20 +15,38 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from kvplan.api import check_log as check_log
+    from kvplan.api import check_url as check_url
     from kvplan.api import itl as itl
     from kvplan.api import itl_cases as itl_cases
     from kvplan.api import size as size
+    from kvplan.check.result import CheckResult as CheckResult
     from kvplan.errors import KvplanError as KvplanError
     from kvplan.latency.plan import ItlPlan as ItlPlan
     from kvplan.memory.plan import SizePlan as SizePlan
     from kvplan.memory.request import SizeRequest as SizeRequest
 
-__all__ = ["ItlPlan", "KvplanError", "SizePlan", "SizeRequest", "__version__", "itl", "itl_cases", "size"]
+__all__ = [
+    "CheckResult",
+    "ItlPlan",
+    "KvplanError",
+    "SizePlan",
+    "SizeRequest",
+    "__version__",
+    "check_log",
+    "check_url",
+    "itl",
+    "itl_cases",
+    "size",
+]
 
 _HOMES = {
+    "check_log": "kvplan.api",
+    "check_url": "kvplan.api",
     "itl": "kvplan.api",
     "itl_cases": "kvplan.api",
     "size": "kvplan.api",
+    "CheckResult": "kvplan.check.result",
     "KvplanError": "kvplan.errors",
     "ItlPlan": "kvplan.latency.plan",
     "SizePlan": "kvplan.memory.plan",

@@ -11,6 +11,9 @@ from kvplan.memory.request import make_request
 from kvplan.search import size as _size
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from kvplan.check.result import CheckResult
     from kvplan.latency.plan import ItlPlan
 
 
@@ -75,3 +78,51 @@ def itl_cases(cases: Iterable[Mapping[str, Any]]) -> list[ItlPlan | KvplanError]
     from kvplan.latency.planner import plan_cases
 
     return plan_cases(cases)
+
+
+def check_log(path: str | Path, *, tolerance: float = 0.05, **options: Any) -> CheckResult:
+    """Hold a plan against a server's start-up log.
+
+    Args:
+        path: log of vLLM, SGLang or TensorRT-LLM; ``-`` is stdin.
+        tolerance: relative difference that memory may have.
+        **options: fields of ``SizeRequest`` that were planned; the server's own settings fill in the rest.
+
+    Returns:
+        The terms, planned beside observed, and likely causes of drift.
+
+    Raises:
+        KvplanError: nothing is understood, or the model is unknown.
+
+    """
+    from pathlib import Path
+
+    from kvplan.check.log import read_log
+    from kvplan.check.reconcile import reconcile
+
+    return reconcile(read_log(Path(path)), options, tolerance)
+
+
+def check_url(url: str, *, tolerance: float = 0.05, seconds: float = 0.0, timeout_s: float = 20.0,
+              ca_file: str | None = None, token: str | None = None, **options: Any) -> CheckResult:  # fmt: skip
+    """Hold a plan against a running vLLM or SGLang.
+
+    Args:
+        url: its address, e.g. ``http://host:8000``.
+        tolerance: relative difference that memory and latency may have.
+        seconds: time between two readings that latency is then of; 0 reads once, and latency is since the start.
+        timeout_s: longest time one HTTP request may take, from start to end.
+        ca_file: certificates to trust for https.
+        token: sent as a bearer token.
+        **options: fields of ``SizeRequest`` that were planned; the server's own settings fill in the rest.
+
+    Raises:
+        KvplanError: not reachable (exit 4), or not understood (exit 2).
+
+    """
+    from kvplan.check.fetch import Access
+    from kvplan.check.live import read_server
+    from kvplan.check.reconcile import reconcile
+
+    report = read_server(url, Access(token, ca_file, timeout_s), seconds)
+    return reconcile(report, options, tolerance)

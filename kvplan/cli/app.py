@@ -8,6 +8,7 @@ import typer
 
 import kvplan
 from kvplan.cli.calibrate import calibrate_command
+from kvplan.cli.check import check_command
 from kvplan.cli.itl import itl_command
 from kvplan.cli.listing import dtypes_command, gpus_command, models_command
 from kvplan.cli.measure import measure_command
@@ -42,6 +43,7 @@ def _root(
 
 app.command("size")(size_command)
 app.command("itl")(itl_command)
+app.command("check")(check_command)
 app.command("measure")(measure_command)
 app.command("calibrate")(calibrate_command)
 app.command("models")(models_command)

@@ -1,0 +1,244 @@
+"""Likely causes of drift, each named only when its arithmetic fits.
+
+Either the plan is made anew with one thing changed, and the terms that drifted then agree; or the server's own numbers
+account for most of a difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+from kvplan.check.basis import Basis
+from kvplan.check.result import Cause, Term
+from kvplan.check.server import ServerReport
+from kvplan.check.terms import SETTING_LABELS, memory_terms, plan_of, rule_terms
+from kvplan.errors import KvplanError
+from kvplan.memory.plan import SizePlan
+from kvplan.units import GIB, format_gib, format_percent, format_tokens
+
+RULES = frozenset(("num_blocks", "capacity_tokens", "max_concurrency", "needed_kv_bytes", "block_size_tokens"))
+MEMORY = frozenset(("kv_cache_bytes", "usable_bytes", "weights_bytes"))
+MOST = 0.5
+"""Share of a difference that one term must account for to be named."""
+
+RANKS_DIFFER = 0.03
+"""How much less KV memory the smallest rank may have than another before something else is wrong."""
+
+TAKEN_BYTES = GIB
+"""Memory in use before the server starts that is worth a sentence; drivers hold some hundred MiB."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One thing that may be otherwise than planned: fields of the request, and the words for it."""
+
+    code: str
+    fields: Mapping[str, Any]
+    message: str
+    fix: str
+
+
+def find_causes(report: ServerReport, basis: Basis, plan: SizePlan, terms: Sequence[Term], tolerance: float
+                ) -> tuple[Cause, ...]:  # fmt: skip
+    """Causes of the drifted terms, the settings that differ first."""
+    drifted = {term.name: term for term in terms if term.verdict == "drifted"}
+    found = [*_taken_before(report, drifted)]
+    settings = [term for term in drifted.values() if term.name in SETTING_LABELS and term.source == "given"]
+    if settings:
+        return (*found, *_settings(settings, drifted, report, basis, tolerance))
+    for names, changes in ((RULES, _rule_changes), (MEMORY, _memory_changes)):
+        concerned = names & drifted.keys()
+        if concerned:
+            found += _explaining(changes(report, basis, plan), concerned, report, basis, tolerance)
+    if "capacity_tokens" in drifted and not found:
+        found += _smallest_rank(report, plan, drifted["capacity_tokens"])
+    if "kv_cache_bytes" in drifted and not found:
+        found += [*_largest_term(drifted["kv_cache_bytes"], terms)] or _unaccounted(report, tolerance)
+    return tuple(found)
+
+
+def _settings(settings: Sequence[Term], drifted: Mapping[str, Term], report: ServerReport, basis: Basis,
+              tolerance: float) -> Iterator[Cause]:  # fmt: skip
+    """Settings that are not what was planned, and what drifts because of them."""
+    theirs = {term.name: term.observed for term in settings}
+    remaining = {term.name for term in _terms_with(theirs, report, basis, tolerance) if term.verdict == "drifted"}
+    explained = tuple(name for name in drifted if name in RULES | MEMORY and name not in remaining | theirs.keys())
+    for term in settings:
+        message = f"{term.label}: {term.planned} was planned, the server runs {term.observed}"
+        yield Cause("setting", message, "start the server as planned, or plan what it runs", (term.name, *explained))
+
+
+def _terms_with(fields: Mapping[str, Any], report: ServerReport, basis: Basis, tolerance: float) -> list[Term]:
+    """Memory and rule terms of a plan with some fields changed; none where it cannot be planned."""
+    other = Basis({**basis.options, **fields}, basis.given, ())
+    try:
+        plan = plan_of(other)
+        return [*rule_terms(report, other, plan, tolerance), *memory_terms(report, other, plan, tolerance)]
+    except KvplanError:
+        return []
+
+
+def _taken_before(report: ServerReport, drifted: Mapping[str, Term]) -> Iterator[Cause]:
+    """Another process on the GPU: memory that was not free when the server started."""
+    free, total = report.number("free_bytes"), report.number("total_bytes")
+    if free is None or total is None or total - free < TAKEN_BYTES:
+        return
+    affected = tuple(name for name in ("start", "kv_cache_bytes", "overhead_bytes") if name in drifted)
+    if affected:
+        yield Cause(
+            "gpu_in_use",
+            f"{format_gib(int(total - free))} of {format_gib(int(total))} were in use before the server started: "
+            "a second process holds memory of this GPU",
+            "look at nvidia-smi and stop it, or lower --gpu-memory-utilization to what is free",
+            affected,
+        )
+
+
+def _explaining(changes: Iterator[Change], names: Set[str], report: ServerReport, basis: Basis, tolerance: float
+                ) -> Iterator[Cause]:  # fmt: skip
+    """The changes under which none of ``names`` drifts any more."""
+    for change in changes:
+        fitting = [t for t in _terms_with(change.fields, report, basis, tolerance) if t.name in names]
+        if len(fitting) == len(names) and all(term.verdict == "agrees" for term in fitting):
+            fits = ", ".join(_fit(term) for term in fitting)
+            yield Cause(change.code, f"{change.message}: {fits}", change.fix, tuple(term.name for term in fitting))
+
+
+def _fit(term: Term) -> str:
+    """``capacity 225,872 against 225,872``: planned so, against observed."""
+
+    def shown(value: float) -> str:
+        return format_gib(int(value)) if term.unit == "bytes" else f"{value:,.2f}".removesuffix(".00")
+
+    planned, observed = term.planned, term.observed
+    assert not isinstance(planned, str | None) and not isinstance(observed, str | None)
+    return f"{term.label} would be {shown(planned)}, {shown(observed)} is reported"
+
+
+def _rule_changes(report: ServerReport, basis: Basis, plan: SizePlan) -> Iterator[Change]:
+    """What the allocator may have done differently."""
+    current = plan.kv_cache.kv_cache_dtype
+    for dtype in ("bfloat16", "fp8", "fp8_per_token_head"):
+        if dtype != current:
+            yield Change("kv_dtype", {"kv_cache_dtype": dtype}, f"the cache holds {dtype}, not {current}",
+                         "look for a fallback of the attention backend in the log; set --kv-cache-dtype")  # fmt: skip
+    block = report.value("observed_block_tokens")
+    if block is not None and block != plan.kv_cache.block_size_tokens:
+        yield Change("hybrid_block", {"block_size_tokens": block},
+                     f"this version pads hybrid blocks to {block:,} tokens, not {plan.kv_cache.block_size_tokens:,}",
+                     "nothing: plan with --block-size, or with the version the server runs")  # fmt: skip
+    if not basis.options.get("gpu"):
+        yield Change("gpu_generation", {"gpu": "l4"}, "a GPU before Hopper, whose kernels take other blocks",
+                     "name the GPU with --gpu")  # fmt: skip
+    caching = plan.request.enable_prefix_caching
+    if "enable_prefix_caching" not in report.facts:
+        yield Change("prefix_caching", {"enable_prefix_caching": not caching},
+                     f"prefix caching is {'off' if caching else 'on'}, not {'on' if caching else 'off'}",
+                     "set --enable-prefix-caching or --no-enable-prefix-caching in both")  # fmt: skip
+    yield from _tp_changes(report, plan)
+    for version in ("0.19", "0.22", "0.33"):
+        if report.engine == "vllm" and "engine_version" not in report.facts:
+            yield Change("engine_version", {"engine_version": version},
+                         f"the formulas of vLLM {version}, not {plan.request.engine_version}",
+                         "give the server's version with --engine-version")  # fmt: skip
+    for tokens in (2048, 8192, 16384):
+        if (
+            tokens != plan.request.max_num_batched_tokens
+            and plan.model is not None
+            and "sliding" in plan.model.layer_kinds
+        ):
+            yield Change("max_num_batched_tokens", {"max_num_batched_tokens": tokens},
+                         f"{format_tokens(tokens)} batched tokens in flight for the windows, "
+                         f"not {format_tokens(plan.request.max_num_batched_tokens)}",
+                         "give the server's --max-num-batched-tokens")  # fmt: skip
+
+
+def _tp_changes(report: ServerReport, plan: SizePlan) -> Iterator[Change]:
+    """Other numbers of ranks, where the server states none."""
+    for tp in (1, 2, 4, 8):
+        if tp != plan.request.tp_size and "tp_size" not in report.facts:
+            yield Change(
+                "tp_size", {"tp_size": tp}, f"TP {tp}, not {plan.request.tp_size}", "plan with the server's --tp"
+            )
+
+
+def _memory_changes(report: ServerReport, basis: Basis, plan: SizePlan) -> Iterator[Change]:
+    """What the budget may have been made of."""
+    if report.engine == "vllm" and "gpu_memory_utilization" not in report.facts:
+        for fraction, versions in ((0.9, "before 0.20"), (0.92, "from 0.20 on")):
+            if fraction != plan.request.gpu_memory_utilization:
+                yield Change("default_utilization", {"gpu_memory_utilization": fraction},
+                             f"a memory fraction of {fraction:g}, vLLM's default {versions}, "
+                             f"not {plan.request.gpu_memory_utilization:g}",
+                             "state --gpu-memory-utilization, so that a version change does not move it")  # fmt: skip
+    observed = report.number("weights_bytes")
+    if observed is not None:
+        stored = plan.model.weight_format if plan.model is not None else None
+        for dtype in ("bf16", "fp8", "int4", "nvfp4"):
+            if dtype != stored:
+                yield Change("weight_dtype", {"weight_dtype": dtype}, f"weights stored as {dtype}, not {stored}",
+                             "check the checkpoint and --quantization; plan with --weight-dtype")  # fmt: skip
+        yield from _tp_changes(report, plan)
+        if report.value("ep") is None and not plan.request.ep:
+            yield Change("ep", {"ep": True}, "experts are split over all ranks", "plan with --ep")
+
+
+def _smallest_rank(report: ServerReport, plan: SizePlan, capacity: Term) -> Iterator[Cause]:
+    """Blocks are the fewest of any rank; a log that shows another rank's memory promises a little too much."""
+    kv, less = report.number("kv_cache_bytes"), -(capacity.relative or 0.0)
+    if kv is None or plan.request.tp_size * plan.request.pp_size == 1 or not 0 < less <= RANKS_DIFFER:
+        return
+    yield Cause(
+        "smallest_rank",
+        f"the tokens are those of {format_gib(int(kv * (1 - less)))}, the log shows {format_gib(int(kv))}: every rank "
+        "holds as many blocks as the one with the least memory",
+        "look for the smallest figure over all ranks; even out what else their GPUs hold",
+        ("capacity_tokens",),
+    )
+
+
+_WHY = {
+    "graph_bytes": ("cuda_graphs", "capture fewer graphs with a smaller --max-num-seqs, or plan with --graph-memory"),
+    "activation_bytes": ("activations", "a smaller --max-num-batched-tokens; or plan with --activation-memory"),
+    "overhead_bytes": ("other_memory", "a second process (nvidia-smi) or NCCL; plan with --overhead-memory"),
+    "weights_bytes": ("weights", "a draft model, an adapter or padding is in it: plan with --weights-memory"),
+    "total_bytes": ("gpu_memory", "not the GPU that was planned for, or ECC and MIG take some: --gpu-memory"),
+}  # fmt: skip
+
+
+def _largest_term(kv: Term, terms: Sequence[Term]) -> Iterator[Cause]:
+    """The term of the budget that accounts for most of what the KV memory differs by."""
+    missing = -(kv.difference or 0.0)
+    for term in terms:
+        if term.name not in _WHY or term.difference is None or not missing:
+            continue
+        taken = -term.difference if term.name == "total_bytes" else term.difference
+        share = taken / missing
+        if MOST <= share <= 1 / MOST:
+            code, fix = _WHY[term.name]
+            more = "more" if taken > 0 else "less"
+            message = (
+                f"{term.label}: {format_gib(int(abs(taken)))} {more} than planned, "
+                f"{format_percent(share, 0)} of the difference in KV memory"
+            )
+            yield Cause(code, message, fix, ("kv_cache_bytes", term.name))
+
+
+def _unaccounted(report: ServerReport, tolerance: float) -> list[Cause]:
+    """Usable memory that is in no term the server reports."""
+    names = ("usable_bytes", "weights_bytes", "activation_bytes", "overhead_bytes", "kv_cache_bytes")
+    numbers = [report.number(name) for name in names]
+    if any(number is None for number in numbers):
+        return []
+    usable, *terms = (number or 0.0 for number in numbers)
+    rest = usable - sum(terms) - (report.number("graph_estimate_bytes") or 0.0)
+    if rest < tolerance * terms[-1]:
+        return []
+    message = (
+        f"{format_gib(int(rest))} of the {format_gib(int(usable))} usable are in no term the server reports: "
+        f"{format_gib(int(sum(terms)))} are weights, activations, other and KV"
+    )
+    fix = "look for a second process that started meanwhile (nvidia-smi), or a fixed --kv-cache-memory-bytes"
+    return [Cause("unaccounted", message, fix, ("kv_cache_bytes",))]

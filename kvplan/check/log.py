@@ -1,0 +1,216 @@
+"""Start-up logs to facts: any size in constant memory, several ranks, several starts, damaged lines and all."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from kvplan.check.log_lines import ARGUMENT, ARGUMENT_LINES, LINES, NEEDLES, NEW_START, SETTINGS
+from kvplan.check.server import Event, Fact, ServerReport, Value, quote
+from kvplan.errors import InputError
+from kvplan.units import GIB
+
+CHUNK_BYTES = 2**21
+MAX_LINE_BYTES = 2**17
+MAX_EVENTS = 100
+
+_PREFIX = re.compile(r"^(?:.*?\.(?:py|cpp):\d+\] |(?:\[[^\]]*\] ?)+)")
+_ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+_SMALLEST = ("kv_cache_bytes", "kv_cache_in_use_bytes", "key_bytes", "value_bytes", "num_blocks", "capacity_tokens",
+             "max_concurrency", "free_bytes", "free_for_kv_bytes", "max_context_tokens")  # fmt: skip
+_LARGEST = ("weights_bytes", "weights_and_overhead_bytes", "activation_bytes", "overhead_bytes", "graph_bytes",
+            "graph_estimate_bytes", "needed_kv_bytes")  # fmt: skip
+_FRACTIONS = ("gpu_memory_utilization", "max_concurrency", "hybrid_padding_percent")
+_TEXTS = ("model", "kv_cache_dtype", "quantization", "dtype", "speculative", "engine_version", "gpu")
+
+
+def read_log(path: Path) -> ServerReport:
+    """What the server whose log ``path`` is (``-`` is stdin) reported when it last started.
+
+    Raises:
+        InputError: the file cannot be read, or holds no line that is understood; the message says what was looked for.
+
+    """
+    if str(path) == "-":
+        return read_stream(sys.stdin.buffer, "stdin")
+    try:
+        with path.open("rb") as file:
+            return read_stream(file, str(path))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or type(error).__name__})") from error
+
+
+def read_stream(stream: BinaryIO, source: str) -> ServerReport:
+    """``read_log`` of an open file.
+
+    Raises:
+        InputError: no line in it is understood.
+
+    """
+    reader = _Reader()
+    for number, text in _candidates(stream):
+        reader.line(number, text)
+    return reader.report(source)
+
+
+def _candidates(stream: BinaryIO) -> Iterator[tuple[int, str]]:
+    """(line number, text) of the lines that hold a needle; all others are never decoded."""
+    number, rest = 1, b""
+    while chunk := stream.read(CHUNK_BYTES):
+        chunk = rest + chunk
+        end = chunk.rfind(b"\n") + 1
+        if not end and len(chunk) < MAX_LINE_BYTES:
+            rest = chunk
+            continue
+        end = end or len(chunk)
+        yield from _candidates_in(chunk[:end], number)
+        number += chunk.count(b"\n", 0, end)
+        rest = chunk[end:][-MAX_LINE_BYTES:]
+    yield from _candidates_in(rest, number)
+
+
+def _candidates_in(chunk: bytes, number: int) -> Iterator[tuple[int, str]]:
+    starts: set[int] = set()
+    for needle in NEEDLES:
+        at = chunk.find(needle)
+        while at >= 0:
+            starts.add(chunk.rfind(b"\n", 0, at) + 1)
+            after = chunk.find(b"\n", at)
+            at = chunk.find(needle, after) if after >= 0 else -1
+    counted = 0
+    for start in sorted(starts):
+        number += chunk.count(b"\n", counted, start)
+        counted = start
+        end = chunk.find(b"\n", start)
+        raw = chunk[start : end if end >= 0 else len(chunk)][:MAX_LINE_BYTES]
+        yield number, _ANSI.sub("", raw.decode("utf-8", errors="replace")).rstrip()
+
+
+class _Reader:
+    """Facts as lines bring them; over ranks the engine uses the smallest budget and needs the largest term."""
+
+    def __init__(self) -> None:
+        self.facts: dict[str, Fact] = {}
+        self.events: list[Event] = []
+        self.engines: list[str] = []
+        self.largest_kv: float = 0.0
+        self.starts = 1
+
+    def line(self, number: int, text: str) -> None:
+        began = "capacity_tokens" in self.facts or "kv_cache_bytes" in self.facts or self.events
+        if began and any(words in text for words in NEW_START):
+            self.starts += 1
+            self.facts, self.events, self.largest_kv = {}, [], 0.0
+        for words, engine in ARGUMENT_LINES.items():
+            if words in text:
+                self.engines.append(engine)
+                self._settings(text, engine, f"line {number:,}")
+        for line in LINES:
+            match = line.pattern.search(text)
+            if match is None:
+                continue
+            if line.engine is not None:
+                self.engines.append(line.engine)
+            where = f"line {number:,}: {quote(match[0])}"
+            for name, printed in match.groupdict().items():
+                if printed is not None:
+                    self._add(name, printed, where)
+            if line.event is not None and len(self.events) < MAX_EVENTS:
+                self._event(Event(line.event, quote(_message(text)), f"line {number:,}", line.is_failure))
+
+    def _event(self, event: Event) -> None:
+        """Ranks and tracebacks repeat a line; it is kept once."""
+        if all(known.code != event.code for known in self.events):
+            self.events.append(event)
+
+    def _settings(self, text: str, engine: str, line: str) -> None:
+        names = SETTINGS[engine]
+        for match in ARGUMENT.finditer(text):
+            setting, printed = match["bare"] or match["quoted"], match["value"].strip("'\"")
+            name, where = names.get(setting), f"{line}: {setting}={quote(printed)}"
+            if name is None or printed in ("None", "null", "") or printed.endswith("("):
+                continue
+            if name in ("enable_prefix_caching", "ep"):
+                if printed in ("True", "False"):
+                    self.facts[name] = Fact(printed == "True", where)
+            elif name == "kv_cache_memory_bytes":
+                self._add("kv_cache_given_bytes", printed, where)
+            elif not (name == "model" and name in self.facts and "/" in str(self.facts[name].value)):
+                self._add(name, printed, where)
+
+    def _add(self, name: str, printed: str, where: str) -> None:
+        fact = _fact(name, printed, where)
+        if fact is None:
+            return
+        known = self.facts.get(name)
+        if name == "kv_cache_bytes":
+            self.largest_kv = max(self.largest_kv, fact.number)
+        if known is not None and (
+            (name in _SMALLEST and known.number <= fact.number) or (name in _LARGEST and known.number >= fact.number)
+        ):
+            return
+        self.facts[name] = fact
+
+    def report(self, source: str) -> ServerReport:
+        facts = self.facts
+        if not self.engines or not (facts or self.events):
+            raise InputError(
+                f"{source}: no start-up line of vLLM, SGLang or TensorRT-LLM in it",
+                hint='looked for "Available KV cache memory", "GPU KV cache size", "KV Cache is allocated", '
+                '"max tokens in paged KV cache" and the like; give the log from the start of the server',
+            )
+        engine = max(set(self.engines), key=self.engines.count)
+        _combine(facts)
+        notes = []
+        if self.starts > 1:
+            notes.append(f"the log holds {self.starts} starts; the last one is read")
+        kv = facts.get("kv_cache_bytes")
+        if kv is not None and self.largest_kv - kv.number > 0.01 * abs(kv.number):
+            spread = (self.largest_kv - kv.number) / GIB
+            notes.append(f"ranks differ by {spread:.2f} GiB of KV; the smallest decides")
+            facts["rank_spread_bytes"] = Fact(int(self.largest_kv - kv.number), kv.where)
+        return ServerReport(source, engine, facts, tuple(self.events), tuple(notes))
+
+
+def _message(text: str) -> str:
+    """The line without prefixes of processes, times, levels and files."""
+    return _PREFIX.sub("", text, count=1)
+
+
+def _fact(name: str, printed: str, where: str) -> Fact | None:
+    """A printed value in base units; None when it is no number where one is meant."""
+    if name in _TEXTS:
+        return Fact(printed.removeprefix("torch.").removeprefix("v") if name != "model" else printed, where)
+    digits = printed.replace(",", "")
+    try:
+        value = float(digits)
+    except ValueError:
+        return None
+    decimals = len(digits.partition(".")[2])
+    last = 0.5 * 10.0**-decimals
+    if name in _FRACTIONS:
+        return Fact(value, where, last if name != "gpu_memory_utilization" else 0.0)
+    whole = "." not in digits and abs(value) > 10**6
+    if name.endswith("_bytes") and not whole:
+        return Fact(round(value * GIB), where, last * GIB)
+    exact: Value = int(value)
+    return Fact(exact, where)
+
+
+def _combine(facts: dict[str, Fact]) -> None:
+    """Facts that follow from others: K and V together, exact bytes where a later line has them, total less rest."""
+    keys, values = facts.pop("key_bytes", None), facts.pop("value_bytes", None)
+    if keys is not None and values is not None:
+        facts["kv_cache_bytes"] = Fact(int(keys.number + values.number), keys.where, keys.error + values.error)
+    exact, rounded = facts.pop("kv_cache_in_use_bytes", None), facts.get("kv_cache_bytes")
+    if exact is not None and (
+        rounded is None or (exact.error < rounded.error and abs(exact.number - rounded.number) <= rounded.error + 1)
+    ):
+        facts["kv_cache_bytes"] = exact
+    both, weights = facts.pop("weights_and_overhead_bytes", None), facts.get("weights_bytes")
+    if both is not None and weights is not None and "overhead_bytes" not in facts:
+        rest = both.number - weights.number
+        facts["overhead_bytes"] = Fact(int(rest), both.where, both.error + weights.error)

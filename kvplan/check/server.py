@@ -1,0 +1,88 @@
+"""What a server said of itself, each value with where it said so and how far its printing rounded it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvplan.errors import shorten
+
+Value = int | float | str | bool
+MAX_WHERE_CHARS = 160
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """One reported value, in SI base units.
+
+    Attributes:
+        value: bytes and tokens as int, seconds and shares as float, names as text.
+        where: the line or metric it was read from.
+        error: half a unit of the last printed digit, in the value's unit; 0 for exact values.
+
+    """
+
+    value: Value
+    where: str
+    error: float = 0.0
+
+    @property
+    def number(self) -> float:
+        """The value as a number; NaN for text."""
+        return float("nan") if isinstance(self.value, str) else float(self.value)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {"value": self.value, "error": self.error, "where": self.where}
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened while the server started: ``code`` for programs, ``message`` in its own words."""
+
+    code: str
+    message: str
+    where: str
+    is_failure: bool = False
+
+
+@dataclass(frozen=True)
+class ServerReport:
+    """Everything read from one log or one server.
+
+    Attributes:
+        source: the file or URL.
+        engine: ``vllm``, ``sglang`` or ``tensorrt-llm``.
+        facts: name → fact. Names of settings are those of a sizing request; measured terms are ``weights_bytes``,
+            ``kv_cache_bytes``, ``activation_bytes``, ``graph_bytes``, ``overhead_bytes``, ``total_bytes``,
+            ``usable_bytes``, ``free_bytes``, ``num_blocks``, ``capacity_tokens``, ``max_concurrency`` …
+        events: failures and remarks, in order.
+
+    """
+
+    source: str
+    engine: str
+    facts: Mapping[str, Fact]
+    events: tuple[Event, ...] = ()
+    notes: tuple[str, ...] = field(default_factory=tuple)
+
+    def value(self, name: str) -> Value | None:
+        """The value of a fact, or None when it was not reported."""
+        fact = self.facts.get(name)
+        return None if fact is None else fact.value
+
+    def number(self, name: str) -> float | None:
+        """A numeric fact, or None."""
+        fact = self.facts.get(name)
+        return None if fact is None or isinstance(fact.value, str) else fact.number
+
+    @property
+    def failures(self) -> tuple[Event, ...]:
+        """What kept the server from starting, in order."""
+        return tuple(event for event in self.events if event.is_failure)
+
+
+def quote(text: str) -> str:
+    """A line from outside, as it may be shown: printable, and not too long."""
+    return shorten(" ".join(text.split()), MAX_WHERE_CHARS)

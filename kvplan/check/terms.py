@@ -1,0 +1,182 @@
+"""Term by term: what was planned beside what the server reported, and whether the two agree.
+
+Memory terms are estimates and may differ by the tolerance, measured against the KV cache they leave. What the
+allocator makes of the KV memory (blocks, tokens, concurrency) follows from rules: it is planned from the server's own
+KV bytes, so that a drifted budget does not show twice, and may differ by what printing rounded off; by the tolerance
+for engines whose allocator is not reproduced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kvplan.check.basis import Basis
+from kvplan.check.result import Term, Unit, Verdict
+from kvplan.check.server import Fact, ServerReport, Value
+from kvplan.dtypes import canonical_kv_dtype
+from kvplan.errors import KvplanError
+from kvplan.memory.budget import OUTSIDE
+from kvplan.memory.plan import SizePlan
+from kvplan.memory.request import make_request
+from kvplan.search import size
+
+SETTING_LABELS = {
+    "tp_size": "tensor parallel", "pp_size": "pipeline parallel", "dp_size": "data parallel",
+    "dcp_size": "decode context parallel", "kv_cache_dtype": "KV dtype", "block_size_tokens": "block size",
+    "max_model_len_tokens": "longest request", "max_num_seqs": "requests a step",
+    "max_num_batched_tokens": "tokens a step", "gpu_memory_utilization": "memory fraction",
+    "enable_prefix_caching": "prefix caching", "ep": "expert parallel",
+}  # fmt: skip
+MEMORY_LABELS = {
+    "total_bytes": "GPU memory", "usable_bytes": "usable", "weights_bytes": "weights",
+    "activation_bytes": "activation peak", "graph_bytes": "CUDA graphs", "overhead_bytes": "other",
+    "kv_cache_bytes": "KV memory",
+}  # fmt: skip
+_UNITS: dict[str, Unit] = {"block_size_tokens": "tokens", "max_model_len_tokens": "tokens",
+                           "max_num_batched_tokens": "tokens", "gpu_memory_utilization": "share"}  # fmt: skip
+ESTIMATES = ("weights_bytes", "activation_bytes", "graph_bytes", "overhead_bytes", "kv_cache_bytes")
+
+
+def plan_of(basis: Basis, **changes: Value | None) -> SizePlan:
+    """The plan of a basis with some fields changed.
+
+    Raises:
+        KvplanError: it cannot be planned.
+
+    """
+    return size(make_request({**basis.options, **changes}), compare=False)
+
+
+def all_terms(report: ServerReport, basis: Basis, plan: SizePlan, tolerance: float) -> tuple[Term, ...]:
+    """Every term of memory and allocation, in the order a reader follows them."""
+    return (
+        *_start(report, plan),
+        *_settings(report, basis, plan),
+        *memory_terms(report, basis, plan, tolerance),
+        *rule_terms(report, basis, plan, tolerance),
+        *_demand(report, basis),
+    )
+
+
+def _start(report: ServerReport, plan: SizePlan) -> Iterator[Term]:
+    """Whether the server started, where it says that it did not."""
+    if not report.failures:
+        return
+    fits, event = plan.fits, report.failures[0]
+    planned = {True: "starts", False: "does not fit", None: "unknown"}[fits]
+    verdict: Verdict = "agrees" if fits is False else "drifted"
+    yield Term("start", "start-up", "name", planned, event.code, "exact", event.where, verdict, note=event.message)
+
+
+def _settings(report: ServerReport, basis: Basis, plan: SizePlan) -> Iterator[Term]:
+    """Settings that the user stated and the server reports too."""
+    for name, label in SETTING_LABELS.items():
+        fact = report.facts.get(name) or (report.facts.get("observed_block_tokens") if "block" in name else None)
+        if name not in basis.given or fact is None:
+            continue
+        planned, observed = getattr(plan.request, name), fact.value
+        if name == "kv_cache_dtype":
+            observed = _resolved_dtype(basis, str(observed))
+        verdict: Verdict = "agrees" if planned == observed else "drifted"
+        yield Term(name, label, _UNITS.get(name, "name" if isinstance(planned, str) else "count"), planned, observed,
+                   "given", fact.where, verdict)  # fmt: skip
+
+
+def _resolved_dtype(basis: Basis, stated: str) -> str:
+    """What the server's KV dtype comes to for this model."""
+    try:
+        return plan_of(basis, kv_cache_dtype=canonical_kv_dtype(stated)).kv_cache.kv_cache_dtype
+    except KvplanError:
+        return stated
+
+
+def memory_terms(report: ServerReport, basis: Basis, plan: SizePlan, tolerance: float) -> Iterator[Term]:
+    """Terms of one GPU's memory: the planned budget beside what the server measured."""
+    kv = report.number("kv_cache_bytes") or 0.0
+    for name, label in MEMORY_LABELS.items():
+        fact, planned = report.facts.get(name), getattr(plan.memory, name)
+        about = plan.memory.sources[name]
+        if fact is None and (name != "kv_cache_bytes" or planned is None or "num_blocks" in report.facts):
+            continue
+        if name == "graph_bytes" and about.source == "exact":
+            continue  # a version that does not count graphs
+        detail = "" if not about.detail.startswith(OUTSIDE) else "outside the memory fraction"
+        source: str = about.source or "unknown"
+        if name == "usable_bytes" and "gpu_memory_utilization" not in basis.given and source == "given":
+            source = "reported"
+        if fact is None or planned is None or (name == "kv_cache_bytes" and source == "given"):
+            known = "" if fact is not None else "the server did not report it"
+            why = known or ("given, not planned" if planned is not None else about.detail)
+            yield Term(name, label, "bytes", planned, None if fact is None else fact.value, source,
+                       "" if fact is None else fact.where, "not checked", note=why)  # fmt: skip
+            continue
+        allowed = fact.error + 1 + (tolerance * max(abs(fact.number), kv) if name in ESTIMATES else 0.01 * planned)
+        yield _judged(name, label, "bytes", planned, fact, planned - allowed, planned + allowed, source, detail)
+
+
+def rule_terms(report: ServerReport, basis: Basis, plan: SizePlan, tolerance: float) -> Iterator[Term]:
+    """What the allocation rules make of the server's own KV bytes, or of the planned ones when it reports none."""
+    kv = report.facts.get("kv_cache_bytes")
+    bounds = [plan, plan, plan]
+    origin = "from the planned KV memory"
+    if kv is not None and kv.number > 0:
+        margin = int(kv.error) + 1
+        bounds = [plan_of(basis, kv_cache_memory_bytes=max(int(kv.number) + m, 1)) for m in (-margin, 0, margin)]
+        origin = "from the server's own KV memory"
+    slack = 0.0 if kv is not None and plan.kv_cache.engine == "vllm" else tolerance
+    yield from _block(report, basis, plan)
+    for name, label, unit in (("num_blocks", "blocks", "count"), ("capacity_tokens", "capacity", "tokens"),
+                              ("max_concurrency", "max concurrency", "requests")):  # fmt: skip
+        fact = report.facts.get(name)
+        low, middle, high = (getattr(bound.kv_cache, name) for bound in bounds)
+        if fact is None:
+            continue
+        source = _rules_source(plan)
+        if middle is None:
+            yield Term(name, label, unit, None, fact.value, source, fact.where, "not checked",  # type: ignore[arg-type]
+                       note="no KV memory to plan from: name the GPU with --gpu")  # fmt: skip
+            continue
+        room = slack * abs(middle) + fact.error + (0.0 if name == "max_concurrency" else 0.5)
+        yield _judged(name, label, unit, middle, fact, low - room, high + room, source, origin)  # type: ignore[arg-type]
+    yield from _needs(report, plan, tolerance)
+
+
+def _block(report: ServerReport, basis: Basis, plan: SizePlan) -> Iterator[Term]:
+    """The block size the engine worked out, where the user stated none."""
+    fact = report.facts.get("observed_block_tokens")
+    if fact is None or "block_size_tokens" in basis.given:
+        return
+    planned = plan.kv_cache.block_size_tokens
+    yield _judged("block_size_tokens", "block size", "tokens", planned, fact, planned, planned, _rules_source(plan), "")
+
+
+def _needs(report: ServerReport, plan: SizePlan, tolerance: float) -> Iterator[Term]:
+    """What the engine says one request of the longest length needs, when it refuses to start for it."""
+    fact = report.facts.get("needed_kv_bytes")
+    if fact is not None:
+        planned = plan.kv_cache.bytes_per_request
+        allowed = fact.error + tolerance * planned
+        yield _judged("needed_kv_bytes", "KV of the longest request", "bytes", planned, fact, planned - allowed,
+                      planned + allowed, _rules_source(plan), "")  # fmt: skip
+
+
+def _demand(report: ServerReport, basis: Basis) -> Iterator[Term]:
+    """The requests that were planned for, against what the server's own KV memory holds of them."""
+    kv, wanted = report.facts.get("kv_cache_bytes"), basis.given.get("batch_size")
+    if kv is None or wanted is None or kv.number <= 0:
+        return
+    held = plan_of(basis, kv_cache_memory_bytes=int(kv.number)).answers
+    verdict: Verdict = "agrees" if (held.max_batch_at_context or 0) >= wanted else "drifted"
+    label = f"requests of {held.context_tokens:,}"
+    where = f"KV memory, {kv.where}"
+    yield Term("batch_size", label, "count", wanted, held.max_batch_at_context, "given", where, verdict, float(wanted))
+
+
+def _rules_source(plan: SizePlan) -> str:
+    return "exact" if plan.kv_cache.rules == "exact" else "approximation"
+
+
+def _judged(name: str, label: str, unit: Unit, planned: float, fact: Fact, low: float, high: float, source: str,
+            note: str) -> Term:  # fmt: skip
+    verdict: Verdict = "agrees" if low <= fact.number <= high else "drifted"
+    return Term(name, label, unit, planned, fact.value, source, fact.where, verdict, low, high, note)

@@ -1,0 +1,131 @@
+"""``kvplan check``: a plan against a server's log or its metrics."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvplan.cli import options
+from kvplan.errors import InputError, OutOfTolerance
+from kvplan.units import parse_bytes, parse_tokens
+
+SERVER = "The server"
+PLANNED = "What was planned"
+
+Log = Annotated[
+    Path | None,
+    typer.Option("--log", help="Start-up log of vLLM, SGLang or TensorRT-LLM (- reads stdin).", rich_help_panel=SERVER),
+]
+Url = Annotated[
+    str | None,
+    typer.Option("--url", help="A running vLLM or SGLang, e.g. http://host:8000.", rich_help_panel=SERVER),
+]
+Seconds = Annotated[
+    float,
+    typer.Option(
+        "--seconds", help="Read /metrics twice, so far apart; latency is of that time.", rich_help_panel=SERVER
+    ),
+]
+Timeout = Annotated[
+    float, typer.Option("--timeout", help="Seconds one HTTP request may take in all.", rich_help_panel=SERVER)
+]
+CaFile = Annotated[
+    str | None, typer.Option("--ca-file", help="Certificates (PEM) to trust for https.", rich_help_panel=SERVER)
+]
+Scenario = Annotated[
+    Path | None,
+    typer.Option("--scenario", help="YAML or TOML with fields of the plan; flags win.", rich_help_panel=PLANNED),
+]
+Tolerance = Annotated[
+    float,
+    typer.Option("--tolerance", help="Relative difference of memory and latency allowed.", rich_help_panel=PLANNED),
+]
+
+
+def _text(*flags: str, about: str) -> Any:
+    return typer.Option(*flags, help=about, rich_help_panel=PLANNED)
+
+
+def _count(*flags: str, about: str) -> Any:
+    return typer.Option(*flags, help=about, min=1, rich_help_panel=PLANNED)
+
+
+def check_command(
+    log: Log = None,
+    url: Url = None,
+    seconds: Seconds = 0.0,
+    timeout: Timeout = 20.0,
+    ca_file: CaFile = None,
+    scenario: Scenario = None,
+    model: options.Model = None,
+    gpu: Annotated[str | None, _text("--gpu", about="The GPU; a log may name its memory only.")] = None,
+    gpu_memory: Annotated[str | None, _text("--gpu-memory", about="Memory of one GPU, e.g. 80GiB.")] = None,
+    tp: Annotated[int | None, _count("--tp", "--tensor-parallel-size", about="Tensor parallel ranks.")] = None,
+    pp: Annotated[int | None, _count("--pp", "--pipeline-parallel-size", about="Pipeline ranks.")] = None,
+    dp: Annotated[int | None, _count("--dp", "--data-parallel-size", about="Replicas.")] = None,
+    kv_cache_dtype: Annotated[str | None, _text("--kv-cache-dtype", about="KV format (`kvplan dtypes`).")] = None,
+    weight_dtype: options.WeightDtype = None,
+    ctx: Annotated[str | None, _text("--ctx", "--context", about="Context every request may have.")] = None,
+    batch: Annotated[int | None, _count("--batch", "--batch-size", about="Requests to hold at once.")] = None,
+    engine_version: options.EngineVersion = None,
+    max_model_len: options.MaxModelLen = None,
+    utilization: options.MemoryFraction = None,
+    tolerance: Tolerance = 0.05,
+    as_json: options.Json = False,
+) -> None:
+    """Hold a plan against a server that runs: what drifted, why, and what to change.
+
+    The server's own settings fill in what no flag and no scenario states. Exit 0 within tolerance, 3 drifted, 2 not
+    understood, 4 not reachable. KVPLAN_API_KEY is sent as a bearer token.
+
+    Examples: kvplan check --log vllm.log --gpu h100 · kvplan check --url http://host:8000 --gpu h200 --tp 4
+    """
+    if (log is None) == (url is None):
+        raise InputError("nothing to check" if log is None else "--log and --url are both given",
+                         hint="give --log FILE or --url http://host:8000")  # fmt: skip
+    from kvplan.api import check_log, check_url
+
+    flags: dict[str, Any] = {
+        "model": model,
+        "gpu": gpu,
+        "gpu_memory_bytes": None if gpu_memory is None else parse_bytes(gpu_memory, "--gpu-memory"),
+        "tp_size": tp,
+        "pp_size": pp,
+        "dp_size": dp,
+        "kv_cache_dtype": kv_cache_dtype,
+        "weight_dtype": weight_dtype,
+        "context_tokens": None if ctx is None else parse_tokens(ctx, "--ctx"),
+        "batch_size": batch,
+        "engine_version": engine_version,
+        "max_model_len_tokens": None if max_model_len is None else parse_tokens(max_model_len, "--max-model-len"),
+        "gpu_memory_utilization": utilization,
+    }
+    given = _scenario(scenario) | {name: value for name, value in flags.items() if value is not None}
+    if log is not None:
+        result = check_log(log, tolerance=tolerance, **given)
+    else:
+        token = os.environ.get("KVPLAN_API_KEY")
+        result = check_url(url or "", tolerance=tolerance, seconds=seconds, timeout_s=timeout, ca_file=ca_file,
+                           token=token, **given)  # fmt: skip
+    if as_json:
+        sys.stdout.write(result.to_json(indent=2) + "\n")
+    else:
+        from kvplan.terminal.check_view import show_check
+        from kvplan.terminal.plain import Page
+
+        show_check(Page(), result)
+    if not result.agrees:
+        names = ", ".join(term.label for term in result.drifted)
+        raise OutOfTolerance(f"the server drifted from the plan: {names}")
+
+
+def _scenario(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    from kvplan.scenario import one_deployment
+
+    return dict(one_deployment(path).options)

@@ -1,0 +1,212 @@
+"""A plan is held against a server term by term; a cause is named only when its arithmetic fits."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from check.rendered import version_of, vllm_log
+
+import kvplan
+from kvplan.check.log import read_stream
+from kvplan.check.reconcile import reconcile
+from kvplan.check.result import CheckResult, Term
+from kvplan.errors import InputError
+from kvplan.units import GIB
+
+SAME_GEOMETRY = {"hand--GLM-4.7": "glm-4.6", "hand--Qwen2.5-7B": "qwen2.5-7b"}
+"""Rows whose configuration does not come with the data; GLM-4.7 has the layers and heads of GLM-4.6."""
+
+
+def held(log: str, **given: Any) -> CheckResult:
+    return reconcile(read_stream(io.BytesIO(log.encode()), "log"), given)
+
+
+def term(result: CheckResult, name: str) -> Term:
+    return next(term for term in result.terms if term.name == name)
+
+
+def log(version: str = "0.11.0", model: str = "meta-llama/Llama-3.1-8B-Instruct", kv: float = 55.15,
+        weights: float = 14.99, activation: float = 1.07, other: float = 0.07, fraction: float | None = 0.9,
+        tokens: int | None = None) -> str:  # fmt: skip
+    """A start-up of Llama 3.1 8B on an H100 as vLLM 0.11 logged it, with some numbers otherwise."""
+    tokens = int(kv * GIB) // (2**21) * 16 if tokens is None else tokens  # 128 KiB a token, blocks of 16
+    used = "" if fraction is None else (
+        f"INFO [gpu_worker.py:391] Free memory on device (78.66/79.19 GiB) on startup. Desired GPU memory utilization "
+        f"is ({fraction}, {79.19 * fraction:.2f} GiB). Actual usage is {weights} GiB for weight, {activation} GiB for "
+        f"peak activation, {other} GiB for non-torch memory, and 0.67 GiB for CUDAGraph memory.\n"
+    )  # fmt: skip
+    return (
+        f"INFO [core.py:77] Initializing a V1 LLM engine (v{version}) with config: model='{model}', max_seq_len=32768, "
+        "tensor_parallel_size=1, kv_cache_dtype=auto, enable_prefix_caching=True\n"
+        f"INFO [gpu_model_runner.py:2653] Model loading took {weights} GiB and 3.1 seconds\n"
+        f"INFO [gpu_worker.py:298] Available KV cache memory: {kv} GiB\n"
+        f"INFO [kv_cache_utils.py:864] GPU KV cache size: {tokens:,} tokens\n"
+        f"INFO [kv_cache_utils.py:868] Maximum concurrency for 32,768 tokens per request: {tokens / 32768:.2f}x\n{used}"
+    )
+
+
+def test_public_reports_agree_with_the_rules_of_their_version(data: Path) -> None:
+    """From the text of each log and the model's configuration alone; what does not agree is listed with its cause."""
+    drifted: dict[str, list[str]] = {}
+    agreed = 0
+    for line in (data / "vllm_logs.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        folder = data / "model_configs" / str(row["oracle_config"])
+        model = SAME_GEOMETRY.get(row["oracle_config"]) or (str(folder) if folder.is_dir() else None)
+        if version_of(row) is None or model is None:
+            continue
+        result = held(vllm_log(row, model))
+        if result.agrees:
+            agreed += 1
+        else:
+            drifted[f"{row['model']} {row['max_model_len']}"] = [cause.code for cause in result.causes]
+    assert agreed == 14
+    assert drifted == {
+        "Qwen3-235B-A22B-FP8 None": ["smallest_rank"],
+        "qwen3.6-35b-a3b-nvfp4 131072": ["gpu_generation"],
+        "deepseek-ai/DeepSeek-V4-Flash 262144": [],
+        "deepseek-ai/DeepSeek-V4-Flash 4096": [],
+    }
+
+
+def test_a_server_as_planned_agrees_in_every_term() -> None:
+    result = held(log(), gpu="h100")
+    assert result.agrees and not result.causes
+    assert {t.name for t in result.terms} >= {"weights_bytes", "kv_cache_bytes", "capacity_tokens", "max_concurrency"}
+    assert term(result, "capacity_tokens").planned == term(result, "capacity_tokens").observed == 451_776
+
+
+def test_tokens_that_fit_another_kv_dtype_name_it() -> None:
+    """55.15 GiB at 128 KiB a token are 451,776 tokens; 64 KiB (fp8) would be twice as many."""
+    result = held(log(tokens=903_552), gpu="h100")
+    assert {t.name for t in result.drifted} == {"capacity_tokens", "max_concurrency"}
+    assert [cause.code for cause in result.causes] == ["kv_dtype"]
+    assert "903,552" in result.causes[0].message and "fp8" in result.causes[0].message
+
+
+def test_a_cache_that_fell_back_to_16_bits_is_named() -> None:
+    result = held(log().replace("kv_cache_dtype=auto", "kv_cache_dtype=fp8"), gpu="h100")
+    assert [cause.code for cause in result.causes] == ["kv_dtype"]
+    assert "bfloat16, not fp8" in result.causes[0].message
+
+
+def test_one_token_block_off_is_drift_and_has_no_cause() -> None:
+    result = held(log(tokens=451_776 - 16 * 8), gpu="h100")
+    assert "capacity_tokens" in {t.name for t in result.drifted}
+    assert result.causes == ()
+
+
+def test_the_default_fraction_of_another_version_is_named_when_the_log_states_none() -> None:
+    """0.02 of an L4's 22.03 GiB are 0.44 GiB, a tenth of the KV memory that an 8B model leaves there."""
+    kv = round(22.03 * 0.92 - 14.99 - 0.85, 2)
+    result = held(log(kv=kv, fraction=None), gpu="l4")
+    assert [t.name for t in result.drifted] == ["kv_cache_bytes"]
+    assert "default_utilization" in {cause.code for cause in result.causes}
+    assert "0.92" in next(c for c in result.causes if c.code == "default_utilization").message
+
+
+def test_memory_in_use_before_the_start_is_named_as_another_process() -> None:
+    failed = log().split("INFO [gpu_worker.py:298]")[0] + (
+        "ERROR [core.py:708] ValueError: Free memory on device (58.10/79.19 GiB) on startup is less than desired GPU "
+        "memory utilization (0.9, 71.27 GiB). Decrease GPU memory utilization.\n"
+    )
+    result = held(failed, gpu="h100")
+    assert [t.name for t in result.drifted] == ["start"]
+    assert [cause.code for cause in result.causes] == ["gpu_in_use"]
+    assert "21.09 GiB of 79.19 GiB" in result.causes[0].message
+
+
+def test_a_start_that_failed_as_the_plan_says_agrees() -> None:
+    """70 B parameters of 16 bits are 131 GiB: no plan puts them on one H100."""
+    failed = (
+        "INFO [core.py:77] Initializing a V1 LLM engine (v0.11.0) with config: model='llama-3.1-70b', "
+        "max_seq_len=32768, tensor_parallel_size=1, kv_cache_dtype=auto\n"
+        "OutOfMemoryError: CUDA out of memory. Tried to allocate 448.00 MiB. GPU 0 has a total capacity of 79.19 GiB\n"
+    )
+    assert held(failed).agrees
+
+
+def test_memory_in_no_reported_term_is_named_with_its_size() -> None:
+    result = held(log(kv=48.15), gpu="h100")
+    assert [t.name for t in result.drifted] == ["kv_cache_bytes"]
+    assert [cause.code for cause in result.causes] == ["unaccounted"]
+    assert "6.99 GiB" in result.causes[0].message
+
+
+def test_a_term_that_takes_most_of_the_difference_is_named() -> None:
+    result = held(log(activation=7.07, kv=49.14), gpu="h100")
+    assert {"kv_cache_bytes", "activation_bytes"} <= {t.name for t in result.drifted}
+    assert [cause.code for cause in result.causes] == ["activations"]
+
+
+def test_a_setting_that_differs_explains_what_follows_from_it() -> None:
+    result = held(log(), gpu="h100", tp_size=2)
+    assert [cause.code for cause in result.causes] == ["setting"]
+    assert "2 was planned, the server runs 1" in result.causes[0].message
+    assert {"weights_bytes", "kv_cache_bytes"} <= set(result.causes[0].terms)
+
+
+def test_weights_of_another_precision_are_named() -> None:
+    result = held(log(weights=8.49, kv=61.65), gpu="h100")
+    assert "weight_dtype" in {cause.code for cause in result.causes}
+
+
+def test_the_requests_planned_for_are_held_against_the_servers_own_memory() -> None:
+    """451,776 tokens hold 13 requests of 32,768."""
+    enough, short = (held(log(), gpu="h100", context_tokens=32768, batch_size=n) for n in (13, 14))
+    assert enough.agrees and not short.agrees
+    assert (term(short, "batch_size").planned, term(short, "batch_size").observed) == (14, 13)
+
+
+def test_a_context_beyond_the_servers_longest_request_is_drift() -> None:
+    result = held(log(), gpu="h100", context_tokens=65536)
+    longest = term(result, "max_model_len_tokens")
+    assert (longest.planned, longest.observed, longest.verdict) == (65536, 32768, "drifted")
+
+
+def test_hub_ids_paths_and_cache_folders_find_the_model_they_name() -> None:
+    cached = "/root/.cache/huggingface/hub/models--meta-llama--Llama-3.1-8B-Instruct/snapshots/0e9e39f"
+    for stated in ("/models/Llama-3.1-8B-Instruct", "RedHatAI/Llama-3.1-8B-Instruct-FP8-dynamic", cached):
+        result = held(log(model=stated, weights=8.5 if "FP8" in stated else 14.99), gpu="h100")
+        assert result.plan.model is not None and result.plan.model.name == "llama-3.1-8b"
+        assert result.notes or "models--" in stated
+    with pytest.raises(InputError, match="'/models/our-own-7b' is not known here") as error:
+        held(log(model="/models/our-own-7b"))
+    assert "--model" in (error.value.hint or "")
+
+
+def test_sglang_and_tensorrt_llm_are_held_within_the_tolerance() -> None:
+    """Qwen3-8B: 36 layers × 8 heads × 128 × 2 × 2 B = 147,456 B a token; 5.24 GiB are 38,156 tokens."""
+    sglang = (
+        "[2025-07-14 05:48:30] server_args=ServerArgs(model_path='Qwen/Qwen3-8B', tp_size=1)\n"
+        "[2025-07-14 05:48:43] Load weight end. type=Qwen3ForCausalLM, dtype=torch.bfloat16, mem usage=15.30 GB.\n"
+        "[2025-07-14 05:48:43] KV Cache is allocated. #tokens: 38141, K size: 2.62 GB, V size: 2.62 GB\n"
+    )
+    result = held(sglang)
+    assert result.agrees and term(result, "capacity_tokens").source == "approximation"
+    assert not held(sglang.replace("38141", "76282")).agrees
+    # 62.99 GiB of 294,848 tokens are 224 KiB a token: 28 layers of 8 heads of 256, not Llama 2 7B's 512 KiB
+    trtllm = "[TensorRT-LLM][INFO] [MemUsageChange] Allocated 62.99 GiB for max tokens in paged KV cache (294848).\n"
+    assert not held(trtllm, model="llama-2-7b").agrees
+    assert held(trtllm, num_layers=28, num_kv_heads=8, head_dim=256, context_tokens=4096).agrees
+
+
+def test_nothing_to_compare_is_said_rather_than_passed() -> None:
+    bare = "INFO [core.py:77] Initializing a V1 LLM engine (v0.11.0) with config: model='8b', max_seq_len=32768\n"
+    with pytest.raises(InputError, match="nothing in it can be held against a plan"):
+        held(bare)
+
+
+def test_the_library_and_json_say_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "vllm.log"
+    path.write_text(log(tokens=903_552))
+    result = kvplan.check_log(path, gpu="h100")
+    found = json.loads(result.to_json())
+    assert found["verdict"] == "drifted" and found["schema_version"] == 1
+    assert [t["name"] for t in found["terms"]] == [t.name for t in result.terms]
+    assert found["reported"]["weights_bytes"]["where"].startswith("line 2: Model loading took 14.99 GiB")
+    assert found["causes"][0]["code"] == "kv_dtype"
