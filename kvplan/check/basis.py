@@ -73,8 +73,8 @@ def basis_of(report: ServerReport, given: Mapping[str, Any]) -> Basis:
     if longest is not None and "max_model_len_tokens" not in stated and (stated.get("context_tokens") or 0) > longest:
         stated["max_model_len_tokens"] = stated["context_tokens"]
     options |= stated
-    if "block_size_tokens" not in options and not shape:
-        options |= _block(report, options["model"])
+    if "block_size_tokens" not in options:
+        options |= _block(report, options.get("model"))
     return Basis(options, stated, tuple(notes))
 
 
@@ -103,10 +103,10 @@ def _gpu(report: ServerReport) -> dict[str, Any]:
     return found
 
 
-def _block(report: ServerReport, model: str) -> dict[str, Any]:
+def _block(report: ServerReport, model: str | None) -> dict[str, Any]:
     """The server's block size, unless the engine worked it out itself (models with states)."""
     block = report.value("observed_block_tokens")
-    if block is None or "state" in resolve_model(model).cache_kinds:
+    if block is None or (model is not None and "state" in resolve_model(model).cache_kinds):
         return {}
     return {"block_size_tokens": block}
 

@@ -20,8 +20,11 @@ from kvplan.units import GIB, format_gib, format_percent, format_tokens
 
 RULES = frozenset(("num_blocks", "capacity_tokens", "max_concurrency", "needed_kv_bytes", "block_size_tokens"))
 MEMORY = frozenset(("kv_cache_bytes", "usable_bytes", "weights_bytes"))
-MOST = 0.5
-"""Share of a difference that one term must account for to be named."""
+WORTH_NAMING = 0.15
+"""Share of a difference that a term must account for to be named."""
+
+MOST = 0.75
+"""Share that the named terms must account for together, and not more than its inverse."""
 
 RANKS_DIFFER = 0.03
 """How much less KV memory the smallest rank may have than another before something else is wrong."""
@@ -48,14 +51,16 @@ def find_causes(report: ServerReport, basis: Basis, plan: SizePlan, terms: Seque
     settings = [term for term in drifted.values() if term.name in SETTING_LABELS and term.source == "given"]
     if settings:
         return (*found, *_settings(settings, drifted, report, basis, tolerance))
-    for names, changes in ((RULES, _rule_changes), (MEMORY, _memory_changes)):
-        concerned = names & drifted.keys()
-        if concerned:
-            found += _explaining(changes(report, basis, plan), concerned, report, basis, tolerance)
-    if "capacity_tokens" in drifted and not found:
-        found += _smallest_rank(report, plan, drifted["capacity_tokens"])
-    if "kv_cache_bytes" in drifted and not found:
-        found += [*_largest_term(drifted["kv_cache_bytes"], terms)] or _unaccounted(report, tolerance)
+    rules = RULES & drifted.keys()
+    if rules:
+        found += [*_explaining(_rule_changes(report, basis, plan), rules, report, basis, tolerance)] or (
+            _smallest_rank(report, plan, drifted.get("capacity_tokens")) or _bytes_per_token(report, drifted)
+        )
+    memory = MEMORY & drifted.keys()
+    if memory:
+        found += [*_explaining(_memory_changes(report, basis, plan), memory, report, basis, tolerance)] or (
+            _contributions(drifted.get("kv_cache_bytes"), terms) or _unaccounted(report, tolerance)
+        )
     return tuple(found)
 
 
@@ -85,14 +90,13 @@ def _taken_before(report: ServerReport, drifted: Mapping[str, Term]) -> Iterator
     free, total = report.number("free_bytes"), report.number("total_bytes")
     if free is None or total is None or total - free < TAKEN_BYTES:
         return
-    affected = tuple(name for name in ("start", "kv_cache_bytes", "overhead_bytes") if name in drifted)
-    if affected:
+    if "start" in drifted:
         yield Cause(
             "gpu_in_use",
             f"{format_gib(int(total - free))} of {format_gib(int(total))} were in use before the server started: "
             "a second process holds memory of this GPU",
             "look at nvidia-smi and stop it, or lower --gpu-memory-utilization to what is free",
-            affected,
+            ("start",),
         )
 
 
@@ -130,8 +134,9 @@ def _rule_changes(report: ServerReport, basis: Basis, plan: SizePlan) -> Iterato
                      f"this version pads hybrid blocks to {block:,} tokens, not {plan.kv_cache.block_size_tokens:,}",
                      "nothing: plan with --block-size, or with the version the server runs")  # fmt: skip
     if not basis.options.get("gpu"):
-        yield Change("gpu_generation", {"gpu": "l4"}, "a GPU before Hopper, whose kernels take other blocks",
-                     "name the GPU with --gpu")  # fmt: skip
+        for gpu, name in (("l4", "before Hopper"), ("b200", "of the Blackwell generation")):
+            yield Change("gpu_generation", {"gpu": gpu}, f"a GPU {name}, whose kernels store the cache otherwise",
+                         "name the GPU with --gpu")  # fmt: skip
     caching = plan.request.enable_prefix_caching
     if "enable_prefix_caching" not in report.facts:
         yield Change("prefix_caching", {"enable_prefix_caching": not caching},
@@ -185,18 +190,36 @@ def _memory_changes(report: ServerReport, basis: Basis, plan: SizePlan) -> Itera
             yield Change("ep", {"ep": True}, "experts are split over all ranks", "plan with --ep")
 
 
-def _smallest_rank(report: ServerReport, plan: SizePlan, capacity: Term) -> Iterator[Cause]:
+def _smallest_rank(report: ServerReport, plan: SizePlan, capacity: Term | None) -> list[Cause]:
     """Blocks are the fewest of any rank; a log that shows another rank's memory promises a little too much."""
-    kv, less = report.number("kv_cache_bytes"), -(capacity.relative or 0.0)
+    kv, less = report.number("kv_cache_bytes"), -(capacity.relative or 0.0) if capacity is not None else 0.0
     if kv is None or plan.request.tp_size * plan.request.pp_size == 1 or not 0 < less <= RANKS_DIFFER:
-        return
-    yield Cause(
-        "smallest_rank",
+        return []
+    message = (
         f"the tokens are those of {format_gib(int(kv * (1 - less)))}, the log shows {format_gib(int(kv))}: every rank "
-        "holds as many blocks as the one with the least memory",
-        "look for the smallest figure over all ranks; even out what else their GPUs hold",
-        ("capacity_tokens",),
+        "holds as many blocks as the one with the least memory"
     )
+    fix = "look for the smallest figure over all ranks; even out what else their GPUs hold"
+    return [Cause("smallest_rank", message, fix, ("capacity_tokens",))]
+
+
+def _bytes_per_token(report: ServerReport, drifted: Mapping[str, Term]) -> list[Cause]:
+    """What a token takes on the server, where nothing else accounts for its capacity."""
+    kv, capacity = report.number("kv_cache_bytes"), drifted.get("capacity_tokens")
+    if (
+        kv is None
+        or capacity is None
+        or not isinstance(capacity.observed, int)
+        or not isinstance(capacity.planned, int)
+    ):
+        return []
+    if capacity.observed <= 0 or capacity.planned <= 0 or abs(capacity.relative or 0.0) < RANKS_DIFFER:
+        return []
+    message = (
+        f"the server stores {kv / capacity.observed:,.0f} B a token, the plan {kv / capacity.planned:,.0f} B: "
+        "another model, layout or KV dtype"
+    )
+    return [Cause("bytes_per_token", message, "check --model, --tp and --kv-cache-dtype", ("capacity_tokens",))]
 
 
 _WHY = {
@@ -208,22 +231,28 @@ _WHY = {
 }  # fmt: skip
 
 
-def _largest_term(kv: Term, terms: Sequence[Term]) -> Iterator[Cause]:
-    """The term of the budget that accounts for most of what the KV memory differs by."""
-    missing = -(kv.difference or 0.0)
+def _contributions(kv: Term | None, terms: Sequence[Term]) -> list[Cause]:
+    """The terms that take what the KV memory lacks (or give what it gains), where together they account for it."""
+    missing = -(kv.difference or 0.0) if kv is not None else 0.0
+    if not missing:
+        return []
+    found: list[tuple[float, Term]] = []
     for term in terms:
-        if term.name not in _WHY or term.difference is None or not missing:
-            continue
-        taken = -term.difference if term.name == "total_bytes" else term.difference
-        share = taken / missing
-        if MOST <= share <= 1 / MOST:
-            code, fix = _WHY[term.name]
-            more = "more" if taken > 0 else "less"
-            message = (
-                f"{term.label}: {format_gib(int(abs(taken)))} {more} than planned, "
-                f"{format_percent(share, 0)} of the difference in KV memory"
-            )
-            yield Cause(code, message, fix, ("kv_cache_bytes", term.name))
+        if term.name in _WHY and term.difference is not None:
+            taken = -term.difference if term.name == "total_bytes" else term.difference
+            if taken / missing >= WORTH_NAMING:
+                found.append((taken, term))
+    if not MOST <= sum(taken for taken, _ in found) / missing <= 1 / MOST:
+        return []
+    causes = []
+    for taken, term in sorted(found, key=lambda pair: -abs(pair[0])):
+        code, fix = _WHY[term.name]
+        message = (
+            f"{term.label}: {format_gib(int(abs(taken)))} {'more' if taken > 0 else 'less'} than planned, "
+            f"{format_percent(taken / missing, 0)} of the difference in KV memory"
+        )
+        causes.append(Cause(code, message, fix, ("kv_cache_bytes", term.name)))
+    return causes
 
 
 def _unaccounted(report: ServerReport, tolerance: float) -> list[Cause]:

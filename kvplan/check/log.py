@@ -8,7 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from kvplan.check.log_lines import ARGUMENT, ARGUMENT_LINES, LINES, NEEDLES, NEW_START, SETTINGS
+from kvplan.check.log_lines import (
+    ARGUMENT,
+    ARGUMENT_LINES,
+    LINES,
+    NEEDLES,
+    NEW_START,
+    SETTINGS,
+    SGLANG,
+    TRTLLM,
+    VLLM,
+)
 from kvplan.check.server import Event, Fact, ServerReport, Value, quote
 from kvplan.errors import InputError
 from kvplan.units import GIB
@@ -117,7 +127,7 @@ class _Reader:
             where = f"line {number:,}: {quote(match[0])}"
             for name, printed in match.groupdict().items():
                 if printed is not None:
-                    self._add(name, printed, where)
+                    self._add(name, printed, where, line.engine)
             if line.event is not None and len(self.events) < MAX_EVENTS:
                 self._event(Event(line.event, quote(_message(text)), f"line {number:,}", line.is_failure))
 
@@ -141,18 +151,25 @@ class _Reader:
             elif not (name == "model" and name in self.facts and "/" in str(self.facts[name].value)):
                 self._add(name, printed, where)
 
-    def _add(self, name: str, printed: str, where: str) -> None:
-        fact = _fact(name, printed, where)
+    def _add(self, name: str, printed: str, where: str, engine: str | None = None) -> None:
+        fact, known = _fact(name, printed, where), self.facts.get(name)
         if fact is None:
             return
-        known = self.facts.get(name)
-        if name == "kv_cache_bytes":
+        if name == "kv_cache_bytes" and engine == VLLM:
             self.largest_kv = max(self.largest_kv, fact.number)
-        if known is not None and (
-            (name in _SMALLEST and known.number <= fact.number) or (name in _LARGEST and known.number >= fact.number)
-        ):
+        if known is not None and name in _SMALLEST and not self._decides(fact, known, engine):
+            return
+        if known is not None and name in _LARGEST and known.number >= fact.number:
             return
         self.facts[name] = fact
+
+    def _decides(self, fact: Fact, known: Fact, engine: str | None) -> bool:
+        """Whether a later figure of the cache replaces an earlier one.
+
+        vLLM prints one a rank, and the smallest decides; SGLang prints a draft model's cache after the model's own;
+        TensorRT-LLM allocates a small one to measure with first.
+        """
+        return engine == TRTLLM or (engine != SGLANG and fact.number < known.number)
 
     def report(self, source: str) -> ServerReport:
         facts = self.facts
@@ -182,6 +199,8 @@ def _message(text: str) -> str:
 
 def _fact(name: str, printed: str, where: str) -> Fact | None:
     """A printed value in base units; None when it is no number where one is meant."""
+    if name == "ep":
+        return Fact(True, where)
     if name in _TEXTS:
         return Fact(printed.removeprefix("torch.").removeprefix("v") if name != "model" else printed, where)
     digits = printed.replace(",", "")

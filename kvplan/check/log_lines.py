@@ -20,8 +20,9 @@ COUNT = r"[\d,]+"
 NEEDLES = (
     b"GiB", b" GB", b"KV cache size:", b"Maximum concurrency", b"engine (v", b"API server version", b"args: ",
     b"ServerArgs(", b"max_total_num_tokens=", b" blocks: ", b"primary pool: ", b"okens per block",
-    b"ttention block size", b"padding layers", b"out of memory", b"for the cache blocks", b"device_name=",
-    b"prefill is enabled with", b"to store kv cache", b"max seq len", b"KvCacheConfig(", b"LLM version: ", b"#tokens: ",
+    b" block size to ", b"arallelism is enabled", b"padding layers", b"out of memory", b"for the cache blocks",
+    b"device_name=", b"prefill is enabled with", b"to store kv cache", b"max seq len", b"KvCacheConfig(",
+    b"LLM version: ", b"#tokens: ",
 )  # fmt: skip
 
 
@@ -78,12 +79,14 @@ LINES = (
     _line(VLLM, r"Maximum concurrency for (?P<max_model_len_tokens><C>) tokens per request: (?P<max_concurrency><N>)x"),
     _line(VLLM, r"# (?:GPU|CUDA|cuda) blocks: (?P<num_blocks><C>), # CPU blocks"),
     _line(VLLM, r"Setting attention block size to (?P<observed_block_tokens><C>) tokens", "hybrid_block"),
+    _line(VLLM, r"Setting kv cache block size to (?P<observed_block_tokens>\d+) for"),
     _line(VLLM, r"Padding mamba page size by (?P<hybrid_padding_percent><N>)%", "hybrid_padding"),
     _line(VLLM, r"Add \d+ padding layers, may waste at most", "padding_layers"),
     # ---- vLLM: how it was configured
     _line(VLLM, r"API server version:? (?P<engine_version>v?\d[\w.+]*)"),
     _line(VLLM, r"LLM engine \(v(?P<engine_version>\d[\w.+]*)\)"),
     _line(VLLM, r"prefill is enabled with max_num_batched_tokens=(?P<max_num_batched_tokens><C>)"),
+    _line(VLLM, r"(?P<ep>Expert parallelism is enabled)"),
     _line(VLLM, r"Using (?P<kv_cache_dtype>[a-z]\w+) data type to store kv cache"),
     _line(None, r"device_name=(?P<gpu>[\w.-]+?)(?:,\w+=|\.json)"),
     # ---- vLLM: what kept it from starting
@@ -119,6 +122,8 @@ LINES = (
     _line(TRTLLM, r"Allocated (?P<kv_cache_bytes><N>)<GiB> for max tokens in paged KV cache "
                   r"\((?P<capacity_tokens><C>)\)"),
     _line(TRTLLM, r"Memory used after loading model weights \(inside torch\).*?: (?P<weights_bytes><N>)<GiB>"),
+    _line(TRTLLM, r"available KV cache memory when calculating max tokens: (?P<free_for_kv_bytes><N>)<GiB>, fraction "
+                  r"is set (?P<gpu_memory_utilization><N>),.*?(?:device total memory (?P<total_bytes><N>)<GiB>)?"),
     _line(TRTLLM, r"max_seq_len=(?P<max_model_len_tokens>\d+), max_num_requests=(?P<max_num_seqs>\d+), "
                   r"max_num_tokens=(?P<max_num_batched_tokens>\d+)"),
 )  # fmt: skip

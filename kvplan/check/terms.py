@@ -1,9 +1,10 @@
 """Term by term: what was planned beside what the server reported, and whether the two agree.
 
-Memory terms are estimates and may differ by the tolerance, measured against the KV cache they leave. What the
-allocator makes of the KV memory (blocks, tokens, concurrency) follows from rules: it is planned from the server's own
-KV bytes, so that a drifted budget does not show twice, and may differ by what printing rounded off; by the tolerance
-for engines whose allocator is not reproduced.
+Weights and KV memory may differ by the tolerance; activations, graphs and other memory are rough estimates and may
+differ by that share of the usable memory: what they make together shows in the KV memory. What the allocator makes of
+the KV memory (blocks, tokens, concurrency) follows from rules: it is planned from the server's own KV bytes, so that a
+drifted budget does not show twice, and may differ by what printing rounded off; by the tolerance for engines whose
+allocator is not reproduced.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from kvplan.check.result import Term, Unit, Verdict
 from kvplan.check.server import Fact, ServerReport, Value
 from kvplan.dtypes import canonical_kv_dtype
 from kvplan.errors import KvplanError
-from kvplan.memory.budget import OUTSIDE
+from kvplan.memory.engines import resolve_engine
 from kvplan.memory.plan import SizePlan
 from kvplan.memory.request import make_request
 from kvplan.search import size
@@ -34,7 +35,6 @@ MEMORY_LABELS = {
 }  # fmt: skip
 _UNITS: dict[str, Unit] = {"block_size_tokens": "tokens", "max_model_len_tokens": "tokens",
                            "max_num_batched_tokens": "tokens", "gpu_memory_utilization": "share"}  # fmt: skip
-ESTIMATES = ("weights_bytes", "activation_bytes", "graph_bytes", "overhead_bytes", "kv_cache_bytes")
 
 
 def plan_of(basis: Basis, **changes: Value | None) -> SizePlan:
@@ -92,26 +92,47 @@ def _resolved_dtype(basis: Basis, stated: str) -> str:
 
 def memory_terms(report: ServerReport, basis: Basis, plan: SizePlan, tolerance: float) -> Iterator[Term]:
     """Terms of one GPU's memory: the planned budget beside what the server measured."""
-    kv = report.number("kv_cache_bytes") or 0.0
     for name, label in MEMORY_LABELS.items():
-        fact, planned = report.facts.get(name), getattr(plan.memory, name)
-        about = plan.memory.sources[name]
-        if fact is None and (name != "kv_cache_bytes" or planned is None or "num_blocks" in report.facts):
-            continue
-        if name == "graph_bytes" and about.source == "exact":
-            continue  # a version that does not count graphs
-        detail = "" if not about.detail.startswith(OUTSIDE) else "outside the memory fraction"
+        fact, planned, about = report.facts.get(name), getattr(plan.memory, name), plan.memory.sources[name]
+        if name == "graph_bytes":  # what the budget subtracts is an estimate, made before the graphs are
+            fact = report.facts.get("graph_estimate_bytes", fact)
         source: str = about.source or "unknown"
-        if name == "usable_bytes" and "gpu_memory_utilization" not in basis.given and source == "given":
-            source = "reported"
-        if fact is None or planned is None or (name == "kv_cache_bytes" and source == "given"):
-            known = "" if fact is not None else "the server did not report it"
-            why = known or ("given, not planned" if planned is not None else about.detail)
-            yield Term(name, label, "bytes", planned, None if fact is None else fact.value, source,
-                       "" if fact is None else fact.where, "not checked", note=why)  # fmt: skip
+        if name == "graph_bytes" and source == "exact":
+            continue  # a version that does not count graphs
+        if fact is None:
+            if name == "kv_cache_bytes" and planned is not None and "num_blocks" not in report.facts:
+                yield Term(name, label, "bytes", planned, None, source, "", "not checked",
+                           note="the server did not report it")  # fmt: skip
             continue
-        allowed = fact.error + 1 + (tolerance * max(abs(fact.number), kv) if name in ESTIMATES else 0.01 * planned)
-        yield _judged(name, label, "bytes", planned, fact, planned - allowed, planned + allowed, source, detail)
+        if name == "usable_bytes" and source == "given" and "gpu_memory_utilization" not in basis.given:
+            source = "reported"
+        given = name == "kv_cache_bytes" and source == "given"
+        if planned is None or given or _is_outside(plan, name):
+            why = (
+                "given, not planned"
+                if given
+                else about.detail
+                if planned is None
+                else "does not move the KV cache here"
+            )
+            yield Term(name, label, "bytes", planned, fact.value, source, fact.where, "not checked", note=why)
+            continue
+        allowed = fact.error + 1 + tolerance * _scale(name, fact, report)
+        yield _judged(name, label, "bytes", planned, fact, planned - allowed, planned + allowed, source, "")
+
+
+def _is_outside(plan: SizePlan, name: str) -> bool:
+    """Whether the engine's memory fraction does not have to hold the term (SGLang)."""
+    static = resolve_engine(plan.kv_cache.engine).fraction_of == "static"
+    return static and name in ("activation_bytes", "graph_bytes", "overhead_bytes")
+
+
+def _scale(name: str, fact: Fact, report: ServerReport) -> float:
+    """What the tolerance of a term is a share of: itself, or for rough estimates the memory they are taken from."""
+    if name in ("activation_bytes", "graph_bytes", "overhead_bytes"):
+        usable = report.number("usable_bytes")
+        return usable or sum(report.number(other) or 0.0 for other in ("weights_bytes", "kv_cache_bytes"))
+    return abs(fact.number) * (0.2 if name in ("total_bytes", "usable_bytes") else 1.0)
 
 
 def rule_terms(report: ServerReport, basis: Basis, plan: SizePlan, tolerance: float) -> Iterator[Term]:

@@ -18,7 +18,8 @@ def show_check(page: Page, result: CheckResult) -> None:
     gpu = "no GPU named" if request.gpu is None else plan.memory.sources["total_bytes"].detail.split(",")[0]
     layout = "".join(f", {name} {size}" for name, size in (("TP", request.tp_size), ("PP", request.pp_size),
                      ("DP", request.dp_size)) if size > 1)  # fmt: skip
-    page.line(f"{result.report.source}: {model} on {gpu}{layout} · {cache.engine} {cache.engine_version}, "
+    version = result.report.value("engine_version") or cache.engine_version
+    page.line(f"{result.report.source}: {model} on {gpu}{layout} · {cache.engine} {version}, "
               f"{'exact rules' if cache.rules == 'exact' else 'approximation'}")  # fmt: skip
     if result.agrees:
         page.line(f"AGREES: {format_count(len(checked), 'term')} within tolerance", "bold")

@@ -68,9 +68,41 @@ def test_public_reports_agree_with_the_rules_of_their_version(data: Path) -> Non
     assert drifted == {
         "Qwen3-235B-A22B-FP8 None": ["smallest_rank"],
         "qwen3.6-35b-a3b-nvfp4 131072": ["gpu_generation"],
-        "deepseek-ai/DeepSeek-V4-Flash 262144": [],
-        "deepseek-ai/DeepSeek-V4-Flash 4096": [],
+        "deepseek-ai/DeepSeek-V4-Flash 262144": ["bytes_per_token"],
+        "deepseek-ai/DeepSeek-V4-Flash 4096": ["bytes_per_token"],
     }
+
+
+LOGS = Path(__file__).parent / "logs"
+"""Numbers of public logs, with the lines of a start-up that matter here."""
+
+
+def test_a_real_start_of_vllm_0_31_agrees_in_every_term() -> None:
+    result = kvplan.check_log(LOGS / "vllm-0.31-llama-3.1-8b-a100.log", gpu="a100-80gb-sxm")
+    assert result.agrees and len(result.terms) == 9
+    assert result.report.number("overhead_bytes") == pytest.approx(0.26 * GIB, abs=0.001 * GIB)
+
+
+def test_sparse_latent_attention_under_fp8_has_the_very_tokens_vllm_logs_when_the_gpu_is_named() -> None:
+    """GLM-5.2 on four Blackwell GPUs: 50.62 GiB are 1,139,456 tokens. The estimates of memory are 17 GiB too low, and
+    the three terms that are named add up to it.
+    """
+    path = LOGS / "vllm-0.26-glm-5.2-nvfp4-tp4-ep.log"
+    result = kvplan.check_log(path, gpu="b200", gpu_memory_bytes=int(184.31 * GIB))
+    tokens = term(result, "capacity_tokens")
+    assert tokens.planned == tokens.observed == 1_139_456
+    assert {t.name for t in result.drifted} == {"weights_bytes", "kv_cache_bytes"}
+    assert [cause.code for cause in result.causes] == ["weights", "activations", "cuda_graphs"]
+    unnamed = kvplan.check_log(path)
+    assert unnamed.causes[0].code == "gpu_generation"
+
+
+def test_real_starts_of_other_engines_are_held_within_the_tolerance() -> None:
+    sglang = kvplan.check_log(LOGS / "sglang-0.4-llama-8b.log")
+    assert sglang.agrees and term(sglang, "capacity_tokens").observed == 38141
+    trtllm = kvplan.check_log(LOGS / "tensorrt-llm-0.17.log", num_layers=28, num_kv_heads=8, head_dim=256,
+                              context_tokens=4096)  # fmt: skip
+    assert trtllm.agrees and term(trtllm, "num_blocks").observed == 4607
 
 
 def test_a_server_as_planned_agrees_in_every_term() -> None:
