@@ -131,7 +131,8 @@ def test_scale_bytes_have_a_line_of_their_own_and_the_gain_is_1_94() -> None:
 def test_all_names_every_public_name_and_each_can_be_had() -> None:
     sizing = {"KvplanError", "SizePlan", "SizeRequest", "__version__", "size"}
     latency = {"ItlPlan", "itl", "itl_cases"}
-    assert sizing <= set(kvplan.__all__) <= sizing | latency
+    checking = {"CheckResult", "check_log", "check_url"}
+    assert sizing <= set(kvplan.__all__) <= sizing | latency | checking
     assert all(getattr(kvplan, name) is not None for name in kvplan.__all__)
     assert set(dir(kvplan)) >= set(kvplan.__all__)
     with pytest.raises(AttributeError, match="nonsense"):
