@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kvplan.api import itl as itl
     from kvplan.api import itl_cases as itl_cases
     from kvplan.api import size as size
+    from kvplan.api import size_from_log as size_from_log
     from kvplan.check.result import CheckResult as CheckResult
     from kvplan.errors import KvplanError as KvplanError
     from kvplan.latency.plan import ItlPlan as ItlPlan
@@ -38,6 +39,7 @@ __all__ = [
     "itl",
     "itl_cases",
     "size",
+    "size_from_log",
 ]
 
 _HOMES = {
@@ -46,6 +48,7 @@ _HOMES = {
     "itl": "kvplan.api",
     "itl_cases": "kvplan.api",
     "size": "kvplan.api",
+    "size_from_log": "kvplan.api",
     "CheckResult": "kvplan.check.result",
     "KvplanError": "kvplan.errors",
     "ItlPlan": "kvplan.latency.plan",

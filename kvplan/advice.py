@@ -149,7 +149,7 @@ def _kv_heads(setup: Setup) -> int:
 
 def _formats(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[Advice]:
     """What a smaller format really wins here, when the cache is 16-bit; why one wins less than advertised."""
-    current = plan.kv_cache_dtype if plan.kv_cache_dtype != "auto" else "bfloat16"
+    current = plan.kv_cache_dtype
     rows = {row.kv_cache_dtype: row for row in answer.comparison}
     mine = rows.get(current)
     if kv_format(current).key_bits == 16:
@@ -225,7 +225,7 @@ def _declared(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[Advic
         )
         return
     declared = quantization.kv_cache_declared
-    if declared is not None and plan.kv_cache_dtype in ("auto", "bfloat16", "float16"):
+    if declared is not None and plan.kv_cache_dtype in ("bfloat16", "float16"):
         yield Advice(
             code="declared_not_used",
             message=f"the checkpoint names {declared} KV, but auto keeps 16 bits: pass --kv-cache-dtype {declared}",

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kvplan.check.result import CheckResult
+    from kvplan.check.server import ServerReport
     from kvplan.latency.plan import ItlPlan
 
 
@@ -38,6 +39,33 @@ def size(*, compare: bool = True, **options: Any) -> SizePlan:
 
     """
     return _size(make_request(options), compare=compare)
+
+
+def size_from_log(log: str | Path | ServerReport, *, compare: bool = True, **changes: Any) -> SizePlan:
+    """Size a server anew, from what it reported in its start-up log and what would be different.
+
+    Args:
+        log: the log (``-`` is stdin), or what ``kvplan.check.log.read_log`` made of it.
+        compare: as for ``size``.
+        **changes: fields of ``SizeRequest`` that differ from the server's (``kv_cache_dtype="fp8"``, ``tp_size=2``,
+            ``context_tokens`` …), or that it does not report (``gpu``, ``model``).
+
+    Returns:
+        The plan; memory terms whose ``source`` is ``reported`` are the server's own.
+
+    Raises:
+        KvplanError: nothing is understood, no KV memory is reported, or a change is impossible.
+
+    """
+    from pathlib import Path
+
+    from kvplan.check.log import read_log
+    from kvplan.check.what_if import IDENTITY, WhatIf
+
+    report = read_log(Path(log)) if isinstance(log, str | Path) else log
+    changes = {name: value for name, value in changes.items() if value is not None}
+    identity = {name: value for name, value in changes.items() if name in IDENTITY}
+    return WhatIf(report, identity).plan(changes, compare=compare)
 
 
 def itl(**options: Any) -> ItlPlan:

@@ -73,7 +73,7 @@ def compared_formats(setup: Setup, asked: str) -> list[str]:
         names = ["bfloat16", "fp8"]
     if setup.model.dtype == "float16":
         names[0] = "float16"
-    if asked != "auto" and asked not in names:
+    if asked not in names:
         names.append(asked)
     return names
 

@@ -68,7 +68,7 @@ def test_size_json_has_the_keys_of_the_contract(kvplan_cli: Cli) -> None:
     assert all(set(group) >= GROUP_KEYS for group in result["kv_cache"]["groups"])
     assert set(result["memory"]) >= MEMORY_KEYS
     assert set(result["memory"]["sources"]) == MEMORY_KEYS
-    allowed = {"exact", "assumed", "calibrated", "given", "roofline", None}
+    allowed = {"exact", "assumed", "calibrated", "given", "reported", "roofline", None}
     assert {term["source"] for term in result["memory"]["sources"].values()} <= allowed
     assert all(set(advice) >= {"code", "message"} for advice in result["advice"])
 
@@ -129,7 +129,7 @@ def test_scale_bytes_have_a_line_of_their_own_and_the_gain_is_1_94() -> None:
 
 
 def test_all_names_every_public_name_and_each_can_be_had() -> None:
-    sizing = {"KvplanError", "SizePlan", "SizeRequest", "__version__", "size"}
+    sizing = {"KvplanError", "SizePlan", "SizeRequest", "__version__", "size", "size_from_log"}
     latency = {"ItlPlan", "itl", "itl_cases"}
     checking = {"CheckResult", "check_log", "check_url"}
     assert sizing <= set(kvplan.__all__) <= sizing | latency | checking

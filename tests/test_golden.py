@@ -474,3 +474,39 @@ def test_an_unknown_family_of_plain_fields_is_planned_and_says_so(tmp_path: Path
     assert any("planned as plain attention" in note for note in answer.model.notes)
     with pytest.raises(kvplan.KvplanError, match="kv_lora_rank"):
         plan(model=model_folder(tmp_path / "n", {**config, "kv_lora_rank": 512}), context_tokens=4096)
+
+
+# ------------------------------------------------------------------------------------ what a plan says of itself
+
+
+@pytest.mark.parametrize(
+    ("model", "engine", "resolved"),
+    [("8b", "vllm", "bfloat16"), ("8b", "sglang", "bfloat16"), ("deepseek-v4-flash", "vllm", "fp8_ds_mla")],
+)
+def test_auto_is_echoed_as_what_it_became(model: str, engine: str, resolved: str) -> None:
+    plan = kvplan.size(model=model, engine=engine, context_tokens=8192)
+    assert plan.request.kv_cache_dtype == plan.kv_cache.kv_cache_dtype == resolved
+
+
+def test_size_and_itl_call_one_cache_by_one_name() -> None:
+    sized = kvplan.size(model="8b", gpu="h100", context_tokens=8192)
+    timed = kvplan.itl(model="8b", gpu="h100", context_tokens=8192)
+    assert sized.request.kv_cache_dtype == timed.as_dict()["request"]["kv_cache_dtype"] == "bfloat16"
+
+
+def test_groups_of_a_pipeline_are_those_of_one_rank() -> None:
+    """80 layers over four ranks are 20 a GPU, of 8 heads × 16 tokens × 512 B a page."""
+    (group,) = kvplan.size(model="70b", gpu="h100", pp_size=4, context_tokens=8192).kv_cache.groups
+    assert (group.num_layers, group.page_bytes) == (20, 8 * 16 * 512)
+    hybrid = kvplan.size(model="gemma-3-27b", gpu="h100", pp_size=2, context_tokens=8192)
+    assert sum(group.num_layers for group in hybrid.kv_cache.groups) == 31  # of 62
+
+
+def test_the_blocks_of_a_window_are_derived_with_their_numbers() -> None:
+    """Gemma 3: a window of 1,024 and two batches of 8,192 in flight: ⌈17,407 / 16⌉ + 1 = 1,089."""
+    rules = {
+        rule.name: rule.formula for rule in kvplan.size(model="gemma-3-27b", gpu="h100", context_tokens=32768).rules
+    }
+    window = next(formula for formula in rules.values() if formula.startswith("sliding: "))
+    assert window == "sliding: ⌈min(1,024 + 16,384 in flight − 1, 32,768) / 16⌉ + 1 = 1,089"
+    assert "full: ⌈32,768 / 16⌉ = 2,048" in rules.values()

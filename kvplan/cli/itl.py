@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvplan.cli import options
+from kvplan.cli.stated import refuse_beside_cases
 from kvplan.errors import InputError, KvplanError, shorten
 from kvplan.units import parse_bytes, parse_tokens
 
@@ -74,6 +75,7 @@ LengthSpread = Annotated[
 
 
 def itl_command(
+    context: typer.Context,
     model: options.Model = None,
     ctx: Contexts = None,
     batch: Batch = "1",
@@ -105,6 +107,7 @@ def itl_command(
     kvplan itl --model qwen3-32b --gpu h100 --tp 2 --isl 8k --osl 1k --concurrency 16,64
     """
     if cases is not None:
+        refuse_beside_cases(context)
         _run_cases(cases)
         return
     fixed: dict[str, Any] = {

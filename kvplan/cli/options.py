@@ -180,6 +180,14 @@ Cases = Annotated[
         "--cases", help="JSONL of requests; one result a line on stdout (- reads stdin).", rich_help_panel=OUTPUT
     ),
 ]
+FromLog = Annotated[
+    Path | None,
+    typer.Option(
+        "--from-log",
+        help="Start from what a server reported in its start-up log (- reads stdin); other options say what changes.",
+        rich_help_panel=MODEL,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=OUTPUT)]
 Explain = Annotated[
     bool, typer.Option("--explain", help="Print each formula with its numbers.", rich_help_panel=OUTPUT)

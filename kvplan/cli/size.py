@@ -5,17 +5,35 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
 
 from kvplan.cli import options
+from kvplan.cli.stated import refuse_beside_cases, stated
 from kvplan.errors import AnswerIsNo, InputError, KvplanError, shorten
 from kvplan.units import parse_bytes, parse_tokens
 
+if TYPE_CHECKING:
+    from kvplan.memory.plan import SizePlan
+
 MAX_SWEEP = 1000
+DEFAULTED = {
+    "engine": "engine", "ep": "ep", "prefix_caching": "enable_prefix_caching", "kv_cache_dtype": "kv_cache_dtype",
+    "tp": "tp_size", "pp": "pp_size", "dp": "dp_size", "dcp": "dcp_size",
+}  # fmt: skip
+"""Options with a default, and the request fields they set."""
+
+Planner = Callable[[dict[str, Any], bool], "SizePlan"]
+"""From options to a plan; the flag asks for comparison and advice too."""
 
 
 def size_command(
+    context: typer.Context,
     model: options.Model = None,
+    from_log: options.FromLog = None,
     ctx: options.Context = None,
     batch: options.Batch = None,
     kv_cache_dtype: options.KvCacheDtype = "auto",
@@ -52,12 +70,13 @@ def size_command(
 ) -> None:
     """Size the KV cache: does it fit, how many users, and what does FP8 really buy?
 
-    Examples: kvplan size --model 70b --ctx 32k ·
+    Examples: kvplan size --model 70b --ctx 32k · kvplan size --from-log vllm.log --kv-cache-dtype fp8 ·
     kvplan size --model qwen3-235b-a22b --gpu h100 --tp 8 --ctx 128k --batch 64 --kv-cache-dtype fp8
     """
     if cases is not None:
         from kvplan.cli.cases import run_size_cases
 
+        refuse_beside_cases(context)
         run_size_cases(cases)
         return
     fixed: dict[str, Any] = {
@@ -94,18 +113,34 @@ def size_command(
         "context_tokens": [_tokens(text, "--ctx") for text in _named(ctx, "--ctx")],
         "batch_size": [] if batch is None else _sizes(batch, "--batch"),
     }
+    planner = _planner(from_log, context, fixed, lists)
     varied = [name for name, values in lists.items() if len(values) > 1]
     if varied:
-        _sweep(fixed, lists, varied, as_json, check)
+        _sweep(planner, fixed, lists, varied, as_json, check)
     else:
         single = {name: values[0] for name, values in lists.items() if values}
-        _one({**fixed, **single}, as_json, explain, check)
+        _one(planner({**fixed, **single}, True), as_json, explain, check)
 
 
-def _one(request: dict[str, Any], as_json: bool, explain: bool, check: bool) -> None:
-    from kvplan.api import size
+def _planner(from_log: Path | None, context: typer.Context, fixed: dict[str, Any], lists: dict[str, list[Any]]
+             ) -> Planner:  # fmt: skip
+    """What makes a plan of options: a request of its own, or changes to a server that reported itself in a log."""
+    from kvplan.api import size, size_from_log
 
-    plan = size(**request)
+    if from_log is None:
+        return lambda request, compare: size(compare=compare, **request)
+    written = stated(context)
+    for parameter, name in DEFAULTED.items():  # what was not asked for is as the server has it
+        if parameter not in written:
+            fixed.pop(name, None)
+            lists.pop(name, None)
+    from kvplan.check.log import read_log
+
+    report = read_log(from_log)  # once, also for a sweep and for stdin
+    return lambda request, compare: size_from_log(report, compare=compare, **request)
+
+
+def _one(plan: SizePlan, as_json: bool, explain: bool, check: bool) -> None:
     if as_json:
         sys.stdout.write(plan.to_json(indent=2) + "\n")
     else:
@@ -121,9 +156,8 @@ def _one(request: dict[str, Any], as_json: bool, explain: bool, check: bool) -> 
                          hint=None if plan.fits is False else "add --gpu")  # fmt: skip
 
 
-def _sweep(fixed: dict[str, Any], lists: dict[str, list[Any]], varied: list[str], as_json: bool, check: bool) -> None:
-    from kvplan.api import size
-
+def _sweep(planner: Planner, fixed: dict[str, Any], lists: dict[str, list[Any]], varied: list[str], as_json: bool,
+           check: bool) -> None:  # fmt: skip
     names = [name for name, values in lists.items() if values]
     count = 1
     for name in names:
@@ -136,7 +170,7 @@ def _sweep(fixed: dict[str, Any], lists: dict[str, list[Any]], varied: list[str]
     for values in itertools.product(*(lists[name] for name in names)):
         chosen = dict(zip(names, values, strict=True))
         try:
-            plans.append(size(compare=False, **fixed, **chosen))
+            plans.append(planner({**fixed, **chosen}, False))
         except KvplanError as error:
             first_error = first_error or error
             failures.append(({name: chosen[name] for name in varied}, error))

@@ -100,4 +100,8 @@ def assumed_kv_dtype(
     )
     if keeps_16 or "compressed" in model.cache_kinds:
         return "auto", None
-    return "fp8", f"KV dtype not stated: fp8, as most public deployments of {precision} weights on {engine} run"
+    return (
+        "fp8",
+        f"KV dtype not stated: fp8, as most public deployments of {precision} weights on {engine} run; "
+        "`kvplan size` plans auto",
+    )

@@ -186,7 +186,7 @@ def serve(request: ItlRequest) -> Served:
     plan = cache_plan(setup)
     traffic = make_traffic(model, plan, deployment, dtype)
     assert setup.gpu is not None
-    stored = stored_kv_dtype(plan, model)
+    stored = plan.kv_cache_dtype
     speed = kv_speed(setup.gpu.name, engine, stored, is_latent(model), request.calibration)
     shown = replace(size, model=model.name, gpu=setup.gpu.name, engine=engine, engine_version=plan.version,
                     weight_dtype=dtype or traffic.weights["expert" if traffic.num_experts else "mlp"].format,
@@ -221,13 +221,6 @@ def _names_release(version: str) -> bool:
     except InputError:
         return False
     return True
-
-
-def stored_kv_dtype(plan: CachePlan, model: ModelConfig) -> str:
-    """The KV format in use, ``auto`` resolved to the model's own dtype."""
-    if plan.kv_cache_dtype != "auto":
-        return plan.kv_cache_dtype
-    return model.dtype if model.dtype in ("bfloat16", "float16") else "bfloat16"
 
 
 def family_of(model: ModelConfig) -> str:

@@ -101,6 +101,21 @@ class Page:
             return ceil_div(min(self.window_tokens + tokens_in_flight, context_tokens), block)
         return ceil_div(ceil_div(context_tokens, dcp_size), block)
 
+    def blocks_formula(self, context_tokens: int, tokens_in_flight: int, dcp_size: int = 1) -> str:
+        """``blocks`` with its numbers in it."""
+        block, context = f"{self.block_size_tokens:,}", f"{context_tokens:,}"
+        if self.kind == "state":
+            formula = "states and checkpoints of one request"
+        elif self.window_tokens is not None:
+            reach = f"{self.window_tokens:,} + {tokens_in_flight:,} in flight"
+            if self.kind == "chunked":
+                formula = f"⌈min({reach}, {context}) / {block}⌉"
+            else:
+                formula = f"⌈min({reach} − 1, {context}) / {block}⌉ + 1"
+        else:
+            formula = f"⌈{context} / {block}⌉" if dcp_size == 1 else f"⌈⌈{context} / {dcp_size}⌉ / {block}⌉"
+        return f"{formula} = {self.blocks(context_tokens, tokens_in_flight, dcp_size):,}"
+
     def live_bytes(self, context_tokens: int, dcp_size: int = 1) -> tuple[int, int]:
         """(payload, scale) bytes a request of ``context_tokens`` needs here, rounding and reserves left out."""
         if self.kind == "state":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from kvplan.errors import ConfigError
 from kvplan.memory.budget import Budget
 from kvplan.memory.cache_plan import CachePlan
+from kvplan.memory.pages import Group
 from kvplan.memory.plan import Answers, CacheGroup, KvCache, Memory, ModelFacts, Rule, SizePlan, TermSource
 from kvplan.memory.request import SizeRequest
 from kvplan.memory.setup import Setup, budget_of, weights_of
@@ -27,8 +29,22 @@ def make_plan(setup: Setup, plan: CachePlan) -> SizePlan:
         memory=_memory(budget),
         fits=fits(setup, plan, budget.kv_bytes),
         answers=answers_of(setup, plan, budget.kv_bytes),
-        rules=tuple(Rule(name=n, formula=f, source=s) for n, f, s in plan.rules),
+        rules=(*(Rule(name=n, formula=f, source=s) for n, f, s in plan.rules), *_block_rules(setup, plan)),
     )
+
+
+def _block_rules(setup: Setup, plan: CachePlan) -> Iterator[Rule]:
+    """How many blocks of each group one request of the context may hold; groups that are alike are said once."""
+    source = "v1/kv_cache_interface.py" if plan.exact else plan.engine
+    alike: dict[str, list[int]] = {}
+    for number, group in enumerate(plan.groups):
+        page = max((run.page for run in group.runs), key=lambda page: page.blocks(setup.context_tokens,
+                   plan.tokens_in_flight, plan.dcp_size))  # fmt: skip
+        formula = f"{page.kind}: {page.blocks_formula(setup.context_tokens, plan.tokens_in_flight, plan.dcp_size)}"
+        alike.setdefault(formula, []).append(number)
+    for formula, numbers in alike.items():
+        which = f"group {numbers[0]}" if len(numbers) == 1 else f"each of groups {', '.join(map(str, numbers))}"
+        yield Rule(name=f"blocks of {which}", formula=formula, source=source)
 
 
 def resolved_request(setup: Setup, plan: CachePlan) -> SizeRequest:
@@ -71,6 +87,11 @@ def per_token_bytes(plan: CachePlan) -> tuple[float, float]:
                     scales += run.page.scale_bytes_per_page * run.num_layers / run.page.block_size_tokens
         best = max(best, (total / plan.dcp_size, scales / plan.dcp_size))
     return best
+
+
+def _fullest_rank(plan: CachePlan) -> tuple[Group, ...]:
+    """The groups of the pipeline rank whose blocks take the most bytes."""
+    return max(plan.rank_groups, key=lambda groups: sum(group.bytes_per_block for group in groups))
 
 
 def scale_bytes_per_request(plan: CachePlan, context_tokens: int) -> int:
@@ -125,7 +146,7 @@ def kv_cache_of(setup: Setup, plan: CachePlan, available: int | None) -> KvCache
                 padding_bytes_per_page=run.page.padding_bytes,
                 group=number,
             )
-            for number, group in enumerate(plan.groups)
+            for number, group in enumerate(_fullest_rank(plan))
             for run in group.runs
         ),
     )

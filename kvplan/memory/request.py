@@ -12,8 +12,8 @@ from typing import Any, Literal
 from kvplan.errors import InputError, closest, shorten
 from kvplan.units import MAX_BYTES, MAX_TOKENS, parse_bytes, parse_tokens
 
-Source = Literal["exact", "assumed", "calibrated", "given", "roofline"]
-"""Where a number comes from: an engine's rule, an estimate, a fit, the user, a physical bound."""
+Source = Literal["exact", "assumed", "calibrated", "given", "reported", "roofline"]
+"""Where a number comes from: an engine's rule, an estimate, a fit, the user, a server, a physical bound."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,6 +97,12 @@ def _drawn_points(line: ItlLine) -> tuple[tuple[float, float], ...]:
 
 def sentence(line: ItlLine) -> str:
     """Intercept, slope, ratio with its source, break-even, and where the KV ends."""
+    left = line.served.available_bytes
+    if left is not None and left <= 0:
+        return (
+            f"{line.label}: does not fit: weights and the engine's own memory exceed usable memory by "
+            f"{format_bytes(-left)} a GPU before any KV, so there is no line to quote."
+        )
     batch = line.plans[0].point.batch_size or 1
     slope = line.slope_s_per_token * 1024
     text = (

@@ -79,10 +79,8 @@ def _headline(console: Console, plan: SizePlan) -> None:
     else:
         _line(console, "custom model from flags", "bold")
     rules = "exact rules" if cache.rules == "exact" else "approximation"
-    asked = cache.kv_cache_dtype
-    shown = "16-bit" if asked == "auto" else asked
     _line(console, f"{describe_gpus(plan)} · {cache.engine} {cache.engine_version}, {rules}")
-    _line(console, f"KV {shown}, blocks of {cache.block_size_tokens:,} tokens")
+    _line(console, f"KV {cache.kv_cache_dtype}, blocks of {cache.block_size_tokens:,} tokens")
     for note in model.notes if model is not None else ():
         _line(console, f"note: {note}", "yellow")
 
@@ -202,9 +200,7 @@ def _format_cells(table: Table, plan: SizePlan, row: FormatRow, sized: bool, blo
     if sized:
         cells += [format_tokens(row.capacity_tokens), f"{row.max_batch_at_context:,}"]
     cells += [format_ratio(row.effective_gain), format_ratio(row.advertised_gain, 1)]
-    current = plan.kv_cache.kv_cache_dtype
-    mine = row.kv_cache_dtype == current or (current == "auto" and row.kv_cache_dtype in ("bfloat16", "float16"))
-    add_row(table, *cells, style="bold" if mine else None)
+    add_row(table, *cells, style="bold" if row.kv_cache_dtype == plan.kv_cache.kv_cache_dtype else None)
 
 
 def _ledger(console: Console, plan: SizePlan) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import Ran
 
 import kvplan
 from kvplan.latency.plan import DEFINITIONS
@@ -240,3 +241,10 @@ def test_a_calibration_of_another_gpu_is_refused(kvplan_cli: Callable[..., Any])
     done = kvplan_cli("itl", "--model", "70b", "--gpu", "h200", "--calibration", str(given))
     assert done.code == 2
     assert "a calibration of h100-sxm, not of h200" in done.err
+
+
+def test_a_model_whose_weights_do_not_fit_has_no_line_to_quote(kvplan_cli: Callable[..., Ran]) -> None:
+    """Llama 3.1 70B in 16 bits is 131 GiB, an H100 79."""
+    ran = kvplan_cli("itl", "--model", "70b", "--gpu", "h100", "--ctx", "8k")
+    assert ran.code == 0 and "per 1k tokens" not in ran.out
+    assert "does not fit: weights and the engine's own memory exceed usable memory" in " ".join(ran.out.split())

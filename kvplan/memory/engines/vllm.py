@@ -95,7 +95,7 @@ def plan_cache(model: ModelConfig, options: EngineOptions) -> CachePlan:
         engine=NAME,
         version=".".join(map(str, version)),
         exact=version[:2] == CURRENT,
-        kv_cache_dtype=fmt.name if options.kv_cache_dtype != "auto" or fmt.name != "bfloat16" else "auto",
+        kv_cache_dtype=fmt.name,
         block_size_tokens=context.block,
         groups=groups,
         rank_groups=rank_groups(groups, model.num_layers, options.pp_size),
