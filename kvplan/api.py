@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from kvplan.check.result import CheckResult
     from kvplan.check.server import ServerReport
+    from kvplan.document.schema import Fleet, Report
     from kvplan.latency.plan import ItlPlan
 
 
@@ -154,3 +155,49 @@ def check_url(url: str, *, tolerance: float = 0.05, seconds: float = 0.0, timeou
 
     report = read_server(url, Access(token, ca_file, timeout_s), seconds)
     return reconcile(report, options, tolerance)
+
+
+def report(**options: Any) -> Report:
+    """Everything about one deployment: the answer, what FP8 buys, launch commands, waste, what-ifs, sources.
+
+    Args:
+        **options: fields of ``SizeRequest`` (``model`` and ``gpu`` at least), ``input_tokens`` and ``output_tokens`` of
+            a request under load, ``concurrency`` (users at once), ``compare`` (KV formats), ``calibration`` (a file),
+            ``measured`` (a run folder of ``kvplan measure``), ``name`` and ``date`` (``2026-11-24``).
+
+    Returns:
+        The document; ``as_html()``, ``as_markdown()`` and ``as_json()`` are its forms.
+
+    Raises:
+        KvplanError: with ``code``, ``message``, ``hint`` and ``exit_code``.
+
+    >>> import kvplan
+    >>> document = kvplan.report(model="70b", gpu="h200", tp_size=4, context_tokens="32k", concurrency=64,
+    ...                          kv_cache_dtype="fp8", date="2026-11-24")
+    >>> document.answers.fits, document.answers.max_users
+    (True, 73)
+
+    """
+    from kvplan.document.build import build
+
+    return build(options)
+
+
+def fleet(scenario: Path, folder: Path | None = None, **options: Any) -> Fleet:
+    """Report on every deployment of a scenario file: a page each and an index.
+
+    Args:
+        scenario: YAML or TOML with a list of ``deployments``, whose fields are those of ``report``.
+        folder: where the pages go; None writes nothing.
+        **options: ``formats`` (of ``html``, ``md``, ``json``), ``date``, ``force``, ``progress``.
+
+    Returns:
+        The index; an entry that could not be planned says why and stops none of the others.
+
+    Raises:
+        KvplanError: the scenario cannot be read, or a file exists and ``force`` is not given.
+
+    """
+    from kvplan.document.fleet import write_fleet
+
+    return write_fleet(scenario, folder, **options)

@@ -6,6 +6,7 @@ when no GPU was named, the fewest of each GPU that hold what was asked for.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from kvplan.advice import advise
@@ -43,7 +44,7 @@ def size(request: SizeRequest, *, compare: bool = True) -> SizePlan:
     if not compare:
         return plan
     available = plan.memory.kv_cache_bytes
-    rows = compare_formats(setup, cache.kv_cache_dtype, available)
+    rows = compare_formats(setup, compared_formats(setup, cache.kv_cache_dtype), available)
     plan = replace(plan, comparison=rows)
     if available is None:
         plan = replace(plan, gpus=smallest_on_each_gpu(setup))
@@ -78,17 +79,17 @@ def compared_formats(setup: Setup, asked: str) -> list[str]:
     return names
 
 
-def compare_formats(setup: Setup, asked: str, available: int | None) -> tuple[FormatRow, ...]:
-    """A row for each format, against the model's own 16 bits where the engine takes them."""
+def compare_formats(setup: Setup, names: Sequence[str], available: int | None) -> tuple[FormatRow, ...]:
+    """A row for each format of ``names``, against the first of 16 bits that the engine takes."""
     baseline: int | None = None
     rows = []
-    for name in compared_formats(setup, asked):
+    for name in names:
         try:
             plan = cache_plan(with_format(setup, name))
         except UnsupportedError as error:
             rows.append(FormatRow(kv_cache_dtype=name, forbidden=_short_reason(error)))
             continue
-        if kv_format(name).key_bits == 16:
+        if kv_format(name).key_bits == 16 and baseline is None:
             baseline = plan.bytes_per_request(setup.context_tokens)
         rows.append(_format_row(setup, name, plan, available, baseline))
     return tuple(rows)

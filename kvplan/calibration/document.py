@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from kvplan.calibration.attention_fit import (
 from kvplan.calibration.attention_model import INDEX, NAMES, PARAMETERS, Hardware
 from kvplan.calibration.samples import Points
 from kvplan.calibration.schema import HARDWARE_FIELDS, KIND, SCHEMA_VERSION
-from kvplan.errors import InputError
+from kvplan.files import write_text
 from kvplan.gpu import GpuSpec
 
 Array = NDArray[Any]
@@ -110,26 +108,3 @@ def _rounded(value: float, digits: int = 6) -> float:
 def write_json(path: Path, document: Mapping[str, Any], force: bool) -> None:
     """Write ``document`` to ``path`` in one piece, or not at all."""
     write_text(path, json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n", force)
-
-
-def write_text(path: Path, text: str, force: bool) -> None:
-    """Write ``text`` to ``path`` through a temporary file beside it.
-
-    Raises:
-        InputError: the file exists and ``force`` is not given, or it cannot be written.
-
-    """
-    if path.exists() and not force:
-        raise InputError(f"{path} exists", hint="choose another name or add --force")
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-                file.write(text)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or type(error).__name__})") from error

@@ -13,6 +13,7 @@ from kvplan.cli.itl import itl_command
 from kvplan.cli.listing import dtypes_command, gpus_command, models_command
 from kvplan.cli.measure import measure_command
 from kvplan.cli.profiles import profiles_app
+from kvplan.cli.report import report_command
 from kvplan.cli.size import size_command
 
 app = typer.Typer(
@@ -45,6 +46,7 @@ app.command("size")(size_command)
 app.command("itl")(itl_command)
 app.command("check")(check_command)
 app.command("measure")(measure_command)
+app.command("report")(report_command)
 app.command("calibrate")(calibrate_command)
 app.command("models")(models_command)
 app.command("gpus")(gpus_command)

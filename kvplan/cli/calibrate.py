@@ -37,8 +37,9 @@ def calibrate_command(
     Example: kvplan calibrate samples.csv --gpu h200 -o h200.json --evaluate all.csv --predictions out.csv
     """
     from kvplan.calibration import calibrate as work
-    from kvplan.calibration.document import write_json, write_text
+    from kvplan.calibration.document import write_json
     from kvplan.calibration.store import canonical_engine
+    from kvplan.files import write_text
     from kvplan.gpu import resolve_gpu
 
     if predictions is not None and evaluate is None:

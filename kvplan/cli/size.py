@@ -144,8 +144,8 @@ def _one(plan: SizePlan, as_json: bool, explain: bool, check: bool) -> None:
     if as_json:
         sys.stdout.write(plan.to_json(indent=2) + "\n")
     else:
+        from kvplan.memory.explain import explained
         from kvplan.terminal.console import make_console
-        from kvplan.terminal.explain import explained
         from kvplan.terminal.size_view import show_size
 
         if explain:

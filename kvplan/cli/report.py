@@ -1,0 +1,255 @@
+"""``kvplan report``: options to a document, the document to files or stdout, a scenario file to a folder of them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvplan.cli import options
+from kvplan.errors import AnswerIsNo, InputError, shorten
+from kvplan.units import format_bytes, parse_bytes, parse_tokens
+
+if TYPE_CHECKING:
+    from kvplan.document.schema import Fleet, FleetEntry
+
+LOAD = "Under load"
+EVIDENCE = "What is known"
+
+Scenario = Annotated[
+    Path | None,
+    typer.Argument(help="YAML or TOML with several deployments: a page each and an index, into the folder of -o."),
+]
+Context = Annotated[
+    str | None,
+    typer.Option("--ctx", "--context", help="Tokens of context a user; 32k is 32,768.", rich_help_panel=options.MODEL),
+]
+Users = Annotated[
+    int | None,
+    typer.Option("--concurrency", "--users", "--batch", help="Users at once.", rich_help_panel=options.MODEL),
+]
+KvCacheDtype = Annotated[
+    str,
+    typer.Option("--kv-cache-dtype", help="The KV format in use (`kvplan dtypes`).", rich_help_panel=options.MODEL),
+]
+Compare = Annotated[
+    str | None,
+    typer.Option(
+        "--compare",
+        help="KV formats to set beside it.  [default: the model's 16 bits and the usual FP8 formats]",
+        rich_help_panel=options.MODEL,
+        show_default=False,
+    ),
+]
+Gpu = Annotated[
+    str | None, typer.Option("--gpu", help="GPU (`kvplan gpus`), or local.", rich_help_panel=options.HARDWARE)
+]
+TensorParallel = Annotated[
+    int,
+    typer.Option(
+        "--tp", "--tensor-parallel-size", "--tp-size", help="Tensor parallel ranks.", rich_help_panel=options.HARDWARE
+    ),
+]
+PipelineParallel = Annotated[
+    int,
+    typer.Option(
+        "--pp", "--pipeline-parallel-size", "--pp-size", help="Pipeline ranks.", rich_help_panel=options.HARDWARE
+    ),
+]
+DataParallel = Annotated[
+    int,
+    typer.Option("--dp", "--data-parallel-size", "--dp-size", help="Replicas.", rich_help_panel=options.HARDWARE),
+]
+DecodeContextParallel = Annotated[
+    int,
+    typer.Option(
+        "--dcp",
+        "--decode-context-parallel-size",
+        help="Decode context parallel ranks within TP.",
+        rich_help_panel=options.HARDWARE,
+    ),
+]
+InputTokens = Annotated[
+    str | None, typer.Option("--isl", "--input-tokens", help="Prompt tokens of a request.", rich_help_panel=LOAD)
+]
+OutputTokens = Annotated[
+    str | None, typer.Option("--osl", "--output-tokens", help="Answer tokens of a request.", rich_help_panel=LOAD)
+]
+Measured = Annotated[
+    str | None,
+    typer.Option(
+        "--measured", help="Folder of a `kvplan measure` run on this GPU: its points.", rich_help_panel=EVIDENCE
+    ),
+]
+Name = Annotated[
+    str | None, typer.Option("--name", help="What to call the deployment.", rich_help_panel=options.OUTPUT)
+]
+Output = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--output", "-o", help="File: .html, .md or .json. Repeat for several.", rich_help_panel=options.OUTPUT
+    ),
+]
+Formats = Annotated[
+    str,
+    typer.Option("--format", help="Of the pages of a scenario: html, md, json.", rich_help_panel=options.OUTPUT),
+]
+Date = Annotated[
+    str | None,
+    typer.Option("--date", help="Date on the report; with it, the same bytes again.", rich_help_panel=options.OUTPUT),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.", rich_help_panel=options.OUTPUT)]
+
+
+def report_command(
+    scenario: Scenario = None,
+    model: options.Model = None,
+    ctx: Context = None,
+    users: Users = None,
+    kv_cache_dtype: KvCacheDtype = "auto",
+    compare: Compare = None,
+    weight_dtype: options.WeightDtype = None,
+    gpu: Gpu = None,
+    gpu_memory: options.GpuMemory = None,
+    tp: TensorParallel = 1,
+    pp: PipelineParallel = 1,
+    dp: DataParallel = 1,
+    dcp: DecodeContextParallel = 1,
+    ep: options.ExpertParallel = False,
+    engine: options.Engine = "vllm",
+    engine_version: options.EngineVersion = None,
+    block_size: options.BlockSize = None,
+    max_model_len: options.MaxModelLen = None,
+    max_num_seqs: options.MaxNumSeqs = None,
+    max_num_batched_tokens: options.MaxNumBatchedTokens = None,
+    prefix_caching: options.PrefixCaching = True,
+    utilization: options.MemoryFraction = None,
+    kv_cache_memory: options.KvCacheMemory = None,
+    isl: InputTokens = None,
+    osl: OutputTokens = None,
+    calibration: options.Calibration = None,
+    measured: Measured = None,
+    name: Name = None,
+    output: Output = None,
+    formats: Formats = "html",
+    date: Date = None,
+    force: Force = False,
+    as_json: options.Json = False,
+    check: options.Check = False,
+) -> None:
+    """A report to sign and to audit: does it fit, for whom, how fast, what FP8 buys, and how to launch it.
+
+    Without -o, Markdown on stdout. A scenario file makes a folder of pages with an index; an entry that cannot be
+    planned is named, the others are written, and the exit code is 2.
+
+    Examples: kvplan report --model 70b --gpu h200 --tp 4 --ctx 32k --concurrency 64 -o report.html ·
+    kvplan report fleet.yaml -o out/
+    """
+    request: dict[str, Any] = {
+        "model": model,
+        "context_tokens": None if ctx is None else parse_tokens(ctx, "--ctx"),
+        "concurrency": users,
+        "kv_cache_dtype": kv_cache_dtype,
+        "compare": compare,
+        "weight_dtype": weight_dtype,
+        "gpu": gpu,
+        "gpu_memory_bytes": None if gpu_memory is None else parse_bytes(gpu_memory, "--gpu-memory"),
+        "tp_size": tp,
+        "pp_size": pp,
+        "dp_size": dp,
+        "dcp_size": dcp,
+        "ep": ep,
+        "engine": engine,
+        "engine_version": engine_version,
+        "block_size_tokens": block_size,
+        "max_model_len_tokens": None if max_model_len is None else parse_tokens(max_model_len, "--max-model-len"),
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": None
+        if max_num_batched_tokens is None
+        else parse_tokens(max_num_batched_tokens, "--max-num-batched-tokens"),
+        "enable_prefix_caching": prefix_caching,
+        "gpu_memory_utilization": utilization,
+        "kv_cache_memory_bytes": None
+        if kv_cache_memory is None
+        else parse_bytes(kv_cache_memory, "--kv-cache-memory-bytes"),
+        "input_tokens": None if isl is None else parse_tokens(isl, "--isl"),
+        "output_tokens": None if osl is None else parse_tokens(osl, "--osl"),
+        "calibration": calibration,
+        "measured": measured,
+        "name": name,
+    }
+    if scenario is not None:
+        _refuse_mixture(scenario, request)
+        _fleet(scenario, output or [], formats, date, force, as_json, check)
+    else:
+        _one({**request, "date": date}, output or [], force, as_json, check)
+
+
+def _one(request: dict[str, Any], output: list[Path], force: bool, as_json: bool, check: bool) -> None:
+    from kvplan.api import report
+    from kvplan.document.fleet import form_of, write_documents
+
+    for path in output:
+        form_of(path)
+    document = report(**request)
+    write_documents(document, output, force=force)
+    for path in output:
+        print(f"wrote {path} ({format_bytes(path.stat().st_size)})", file=sys.stderr)
+    if as_json:
+        sys.stdout.write(document.as_json())
+    elif not output:
+        sys.stdout.write(document.as_markdown())
+    if check and not document.answers.fits:
+        raise AnswerIsNo("it does not fit")
+
+
+def _refuse_mixture(scenario: Path, request: dict[str, Any]) -> None:
+    """Options of one deployment make no sense beside a file of several."""
+    unset = {"kv_cache_dtype": "auto", "engine": "vllm", "enable_prefix_caching": True, "ep": False,
+             "tp_size": 1, "pp_size": 1, "dp_size": 1, "dcp_size": 1}  # fmt: skip
+    given = [name for name, value in request.items() if value is not None and value != unset.get(name)]
+    if given:
+        raise InputError(f"{shorten(str(scenario), 40)} and {given[0]} are both given",
+                         hint="write it into the scenario, beside `deployments` for all of them")  # fmt: skip
+
+
+def _fleet(scenario: Path, output: list[Path], formats: str, date: str | None, force: bool, as_json: bool, check: bool
+           ) -> None:  # fmt: skip
+    from kvplan.api import fleet
+    from kvplan.document.fleet import FORMATS
+
+    words = [word.strip() for word in formats.split(",") if word.strip()]
+    if not words or not set(words) <= set(FORMATS):
+        raise InputError(f"--format {shorten(formats, 30)!r} is not of {', '.join(FORMATS)}", hint="--format html,json")
+    if len(output) > 1:
+        raise InputError("a scenario goes into one folder", hint="-o out/; --format html,md,json picks the forms")
+    if not output and not as_json:
+        raise InputError("a scenario needs a folder for its pages", hint="add -o out/")
+    folder = output[0] if output else None
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is not a folder", hint="a scenario goes into a folder: -o out/")
+    found = fleet(scenario, folder, formats=words, date=date, force=force, progress=_progress)
+    if folder is not None:
+        print(f"wrote {folder / 'index'}.{words[0]} and a page each", file=sys.stderr)
+    if as_json:
+        sys.stdout.write(found.as_json())
+    _judge(found, check)
+
+
+def _judge(found: Fleet, check: bool) -> None:
+    failed = [entry.name for entry in found.entries if entry.problem is not None]
+    if failed:
+        names = shorten(", ".join(failed), 100)
+        raise InputError(
+            f"{len(failed)} of {len(found.entries)} deployments could not be planned: {names}",
+            hint="the others are done; the lines above say why",
+        )
+    if check and found.num_not_fitting:
+        raise AnswerIsNo(f"{found.num_not_fitting} of {len(found.entries)} deployments do not fit")
+
+
+def _progress(number: int, total: int, entry: FleetEntry) -> None:
+    said = entry.headline or f"not planned: {entry.problem}"
+    print(f"[{number}/{total}] {shorten(entry.name, 40)}: {said}", file=sys.stderr)

@@ -1,0 +1,156 @@
+"""How to start each engine with the plan. Only options that the engine's own command line has.
+
+vLLM: ``vllm serve --help`` (vllm/engine/arg_utils.py). SGLang: sglang/srt/server_args.py (read in 0.5.5).
+TensorRT-LLM: tensorrt_llm/commands/serve.py (read in 1.2 development); the KV dtype is not an option there but a field
+of the YAML file that ``--config`` names.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable
+
+from kvplan import profiles
+from kvplan.document.parts import Launch
+from kvplan.dtypes import kv_format
+from kvplan.memory.engines import ENGINES
+from kvplan.memory.setup import Setup
+
+SGLANG_KV = {"bfloat16": "auto", "float16": "auto", "fp8": "fp8_e4m3", "fp8_e4m3": "fp8_e4m3", "fp8_e5m2": "fp8_e5m2"}
+TRTLLM_KV = {"bfloat16": "auto", "float16": "auto", "fp8": "fp8", "fp8_e4m3": "fp8", "nvfp4": "nvfp4"}
+"""KV formats by our name → what the engine's ``--kv-cache-dtype`` or ``kv_cache_config.dtype`` calls them."""
+
+SOURCES = {
+    "vllm": "vllm serve --help; vllm/engine/arg_utils.py",
+    "sglang": "sglang/srt/server_args.py",
+    "tensorrt-llm": "tensorrt_llm/commands/serve.py",
+}
+
+
+def launches_of(
+    setup: Setup, version: str, kv_dtype: str, users_per_replica: int | None, *, fits: bool
+) -> list[Launch]:
+    """A command for each engine, the planned one first.
+
+    Args:
+        setup: the deployment.
+        version: of the planned engine's rules.
+        kv_dtype: the KV format in use, ``auto`` resolved.
+        users_per_replica: the limit on running requests, when a number of users was asked for and fits.
+        fits: whether the plan does; a note says so when not.
+
+    """
+    makers = {"vllm": _vllm, "sglang": _sglang, "tensorrt-llm": _tensorrt_llm}
+    planned = setup.engine.name
+    names = sorted(makers, key=lambda name: name != planned)
+    found = []
+    for name in names:
+        command, notes = makers[name](setup, kv_dtype, users_per_replica)
+        if name != planned:
+            notes.append("planned for another engine: this one manages memory by its own rules, so capacity differs")
+        elif not fits:
+            notes.append("this plan does not fit: see the answer for what would")
+        shown = version if name == planned else ENGINES[name].version
+        found.append(Launch(engine=name, version=shown, command=command, notes=notes, source=SOURCES[name]))
+    return found
+
+
+def model_reference(setup: Setup) -> str:
+    """What an engine would call the model: its hub id when a bundled profile knows it, else as it was asked for."""
+    name = profiles.find("models", setup.request.model or "")
+    ids = profiles.load("models", name).get("hf_ids", []) if name is not None else []
+    return str(ids[0]) if ids else setup.request.model or ""
+
+
+def _command(words: Iterable[str], options: Iterable[tuple[str, object]]) -> str:
+    """One line: options whose value is None are left out, those whose value is True stand alone."""
+    parts = [shlex.quote(word) for word in words]
+    for flag, value in options:
+        if value is True:
+            parts.append(flag)
+        elif value is not None:
+            parts.append(f"{flag} {shlex.quote(str(value))}")
+    return " ".join(parts)
+
+
+def _above_one(count: int) -> int | None:
+    return count if count > 1 else None
+
+
+def _fraction(setup: Setup, engine: str) -> float:
+    """The planned fraction on the planned engine, the other engine's own default elsewhere."""
+    return setup.fraction if setup.engine.name == engine else ENGINES[engine].default_fraction(setup.gpu, (0, 0))
+
+
+def _vllm(setup: Setup, kv_dtype: str, users: int | None) -> tuple[str | None, list[str]]:
+    request, mine = setup.request, setup.engine.name == "vllm"
+    given = request.kv_cache_memory_bytes if mine else None
+    fraction = setup.fraction if mine else ENGINES["vllm"].default_fraction(setup.gpu, (0, 33))
+    sixteen = kv_format(kv_dtype).key_bits == 16
+    if ":" in kv_dtype:
+        return None, [f"vLLM has no KV format {kv_dtype}"]
+    options = [
+        ("--tensor-parallel-size", _above_one(request.tp_size)),
+        ("--pipeline-parallel-size", _above_one(request.pp_size)),
+        ("--data-parallel-size", _above_one(request.dp_size)),
+        ("--decode-context-parallel-size", _above_one(request.dcp_size)),
+        ("--enable-expert-parallel", True if request.ep else None),
+        ("--max-model-len", setup.max_model_len_tokens),
+        ("--max-num-seqs", request.max_num_seqs),
+        ("--max-num-batched-tokens", request.max_num_batched_tokens),
+        ("--kv-cache-dtype", "auto" if sixteen else kv_dtype),
+        ("--block-size", request.block_size_tokens),
+        ("--no-enable-prefix-caching", None if request.enable_prefix_caching else True),
+        ("--gpu-memory-utilization", f"{fraction:g}" if given is None else None),
+        ("--kv-cache-memory-bytes", given),
+    ]
+    notes = []
+    if users is not None and request.max_num_seqs is None:
+        notes.append(f"add --max-num-seqs {users} to make the planned number of users a limit")
+    return _command(["vllm", "serve", model_reference(setup)], options), notes
+
+
+def _sglang(setup: Setup, kv_dtype: str, users: int | None) -> tuple[str | None, list[str]]:
+    request = setup.request
+    if kv_dtype not in SGLANG_KV:
+        return None, [f"SGLang has no KV format {kv_dtype}; it takes auto, bf16, fp8_e4m3, fp8_e5m2 and fp4_e2m1"]
+    if request.dcp_size > 1:
+        return None, ["SGLang has no decode context parallelism"]
+    options = [
+        ("--tp-size", _above_one(request.tp_size * (request.dp_size if request.ep else 1))),
+        ("--pp-size", _above_one(request.pp_size)),
+        ("--dp-size", _above_one(request.dp_size)),
+        ("--enable-dp-attention", True if request.ep and request.dp_size > 1 else None),
+        ("--ep-size", request.tp_size * request.dp_size if request.ep else None),
+        ("--context-length", setup.max_model_len_tokens),
+        ("--max-running-requests", users if users is not None else request.max_num_seqs),
+        ("--kv-cache-dtype", SGLANG_KV[kv_dtype]),
+        ("--page-size", request.block_size_tokens),
+        ("--disable-radix-cache", None if request.enable_prefix_caching else True),
+        ("--mem-fraction-static", f"{_fraction(setup, 'sglang'):g}"),
+    ]
+    return _command(["python", "-m", "sglang.launch_server", "--model-path", model_reference(setup)], options), []
+
+
+def _tensorrt_llm(setup: Setup, kv_dtype: str, users: int | None) -> tuple[str | None, list[str]]:
+    request = setup.request
+    if kv_dtype not in TRTLLM_KV:
+        return None, [f"TensorRT-LLM has no KV format {kv_dtype}; it takes auto, fp8 and nvfp4"]
+    if request.dcp_size > 1 or (request.dp_size > 1 and not request.ep):
+        return None, ["one trtllm-serve runs one replica; start one for each, without context parallelism"]
+    notes, config = [], None
+    if TRTLLM_KV[kv_dtype] != "auto" or request.dp_size > 1:
+        config = "kvplan-trtllm.yaml"
+        attention_dp = "enable_attention_dp: true, " if request.dp_size > 1 else ""
+        notes.append(f"{config} holds: {{{attention_dp}kv_cache_config: {{dtype: {TRTLLM_KV[kv_dtype]}}}}}")
+    gpus = request.tp_size * request.dp_size
+    options = [
+        ("--tp_size", _above_one(gpus)),
+        ("--pp_size", _above_one(request.pp_size)),
+        ("--ep_size", gpus if request.ep else None),
+        ("--max_seq_len", setup.max_model_len_tokens),
+        ("--max_batch_size", users if users is not None else request.max_num_seqs),
+        ("--free_gpu_memory_fraction", f"{_fraction(setup, 'tensorrt-llm'):g}"),
+        ("--config", config),
+    ]
+    return _command(["trtllm-serve", model_reference(setup)], options), notes

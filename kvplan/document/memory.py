@@ -1,0 +1,187 @@
+"""Where the memory of one GPU goes, and what of it is wasted, each loss with what wins it back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from kvplan.document.parts import Segment, SegmentKind, Waste
+from kvplan.errors import KvplanError
+from kvplan.memory.cache_plan import CachePlan
+from kvplan.memory.ledger import LABELS
+from kvplan.memory.plan import SizePlan
+from kvplan.memory.setup import Setup, budget_of, cache_plan, set_up, weights_of
+from kvplan.units import format_count, format_tokens
+
+WORTH = 1.0005
+"""Capacity over what it is now from which a remedy is worth naming."""
+FULL_FRACTION = 0.95
+"""The largest memory fraction that is advised: the rest is for what the engine does not count."""
+
+NO_REMEDY = {
+    "null_block": "the engine keeps one block that no request may use",
+    "remainder": "less than one block is left over",
+    "rounding": "last blocks are partly empty, and windows reserve room for tokens in flight",
+    "page_padding": "pages of unequal layers are padded to one size",
+    "group_padding": "layers of unequal size share one pool of blocks",
+    "state_copies": "states are copied at block boundaries so that prefixes can be reused",
+    "replicated": "more ranks than KV heads",
+    "unused": "no whole further user fits",
+    "reserve": "left to what the engine does not count: other processes, fragmentation",
+}
+TERMS: tuple[tuple[str, str, str, SegmentKind], ...] = (
+    ("weights_bytes", "weights", "weights", "weights"),
+    ("activation_bytes", "activations", "activation peak", "engine"),
+    ("graph_bytes", "graphs", "CUDA graphs", "engine"),
+    ("overhead_bytes", "overhead", "context and libraries", "engine"),
+)
+WASTED = ("replicated", "page_padding", "group_padding", "rounding", "state_copies", "null_block", "remainder")
+
+
+def segments_of(plan: SizePlan, lines: dict[str, int]) -> list[Segment]:
+    """One GPU's memory from weights to headroom; the segments add up to the whole.
+
+    Args:
+        plan: the sizing plan.
+        lines: the waste ledger at the users asked for, or at as many as fit; empty when no memory is left for KV.
+
+    """
+    memory = plan.memory
+    total = memory.total_bytes or 0
+    found = []
+    for key, name, label, kind in TERMS:
+        term = memory.sources[key]
+        value = getattr(memory, key)
+        if value:
+            found.append(Segment(name=name, label=label, kind=kind, bytes=value, source=term.source,
+                                 detail=term.detail, override=term.override))  # fmt: skip
+    found += _kv_segments(lines)
+    left = total - sum(segment.bytes for segment in found)
+    usable = memory.sources["usable_bytes"]
+    if left >= 0:
+        reserve = Segment(name="reserve", label="outside the engine's fraction", kind="reserve", bytes=left,
+                          source=usable.source, detail=usable.detail, override=usable.override)  # fmt: skip
+        return [*found, reserve]
+    short = Segment(name="short", label="more than the GPU has", kind="short", bytes=left, source="assumed",
+                    detail="the terms above exceed the GPU's memory", override="--tp, --weight-dtype")  # fmt: skip
+    return [*found, short]
+
+
+def _kv_segments(lines: dict[str, int]) -> list[Segment]:
+    parts: list[tuple[str, str, SegmentKind, int]] = [
+        ("kv", "keys, values and states", "kv", lines.get("live", 0)),
+        ("scales", "scales", "scales", lines.get("scales", 0)),
+        ("padding", "copies, padding and rounding", "waste", sum(lines.get(name, 0) for name in WASTED)),
+        ("headroom", "free for more users", "headroom", lines.get("unused", 0)),
+    ]
+    return [
+        Segment(name=name, label=label, kind=kind, bytes=value, source="exact",
+                detail="waste ledger of the engine's allocation rules", override="--kv-cache-dtype, --batch")
+        for name, label, kind, value in parts if value
+    ]  # fmt: skip
+
+
+class Remedy(NamedTuple):
+    """A change that wins bytes back: words, and the request fields it sets."""
+
+    words: str
+    edits: dict[str, Any]
+
+
+def waste_of(setup: Setup, cache: CachePlan, plan: SizePlan, segments: list[Segment]) -> list[Waste]:
+    """The waste ledger, largest first: every line with bytes in it, its remedy and the users that adds."""
+    total = plan.memory.total_bytes or 1
+    lines = [(line.name, line.label, line.bytes) for line in plan.ledger if line.name not in ("live", "scales")]
+    reserve = next((segment for segment in segments if segment.name == "reserve"), None)
+    if reserve is not None and setup.engine.fraction_of != "free" and setup.request.kv_cache_memory_bytes is None:
+        lines.append(("reserve", reserve.label, reserve.bytes))
+    now = Holds.of(setup, cache, plan.memory.kv_cache_bytes or 0)
+    found = [_line(setup, cache, plan, now, total, line) for line in lines if line[2] > 0]
+    return sorted(found, key=lambda waste: -waste.bytes)
+
+
+class Holds(NamedTuple):
+    """What a plan holds at the report's context: users, and the same before rounding down to whole ones."""
+
+    users: int
+    fractional: float
+
+    @classmethod
+    def of(cls, setup: Setup, cache: CachePlan, available_bytes: int) -> Holds:
+        """What ``cache`` holds of ``setup``'s context in ``available_bytes`` of each GPU."""
+        room, replicas = max(available_bytes, 0), setup.num_replicas
+        needed = cache.bytes_per_request(setup.context_tokens)
+        return cls(cache.max_batch(room, setup.context_tokens) * replicas, replicas * room / needed)
+
+
+def _line(setup: Setup, cache: CachePlan, plan: SizePlan, now: Holds, total: int, line: tuple[str, str, int]) -> Waste:
+    name, label, size = line
+    share = size / total
+    if name == "unused":
+        return _unused(setup, cache, plan, size, share)
+    best: tuple[Holds, str] | None = None
+    for remedy in _remedies(setup, cache, name):
+        then = _holds_with(setup, remedy.edits)
+        if then is not None and then.fractional > now.fractional * WORTH and (best is None or then > best[0]):
+            best = (then, remedy.words)
+    note = NO_REMEDY.get(name, "")
+    if best is None:
+        return Waste(name=name, label=label, bytes=size, share=share, note=note)
+    then, words = best
+    gain = then.fractional / now.fractional - 1 if now.fractional else None
+    return Waste(name=name, label=label, bytes=size, share=share, fix=words, wins_users=then.users - now.users,
+                 wins_capacity=gain, note=note)  # fmt: skip
+
+
+def _unused(setup: Setup, cache: CachePlan, plan: SizePlan, size: int, share: float) -> Waste:
+    """Free blocks: room for more users, or for more context of those there are."""
+    available, users = max(plan.memory.kv_cache_bytes or 0, 0), plan.ledger_requests or 0
+    more = cache.max_batch(available, setup.context_tokens) - users
+    label = LABELS["unused"]
+    if more > 0:
+        fix = f"room for {format_count(more * setup.num_replicas, 'more user')}"
+        return Waste(name="unused", label="free blocks", bytes=size, share=share, fix=fix, 
+                     note="headroom, not loss: more users fill it")  # fmt: skip
+    limit = max(setup.model.max_context_tokens or 0, setup.max_model_len_tokens)
+    longest = cache.max_context(available, users, limit) if users else None
+    grows = longest is not None and longest > setup.context_tokens
+    room = f"the same users may go up to {format_tokens(longest)} tokens" if grows else None
+    return Waste(name="unused", label=label, bytes=size, share=share, fix=room, 
+                 note=NO_REMEDY["unused"])  # fmt: skip
+
+
+def _remedies(setup: Setup, cache: CachePlan, name: str) -> list[Remedy]:
+    request = setup.request
+    if name == "replicated":
+        copies = min((run.page.num_copies for g in cache.groups for run in g.runs if run.page.kind != "state"),
+                     default=1) // cache.dcp_size  # fmt: skip
+        dcp, tp = cache.dcp_size * copies, request.tp_size // max(copies, 1)
+        found = [Remedy(f"decode context parallel {dcp} (--dcp {dcp})", {"dcp_size": dcp})]
+        if tp >= 1 and copies > 1:
+            dp = request.dp_size * copies
+            found.append(Remedy(f"TP {tp} × {dp} replicas (--tp {tp} --dp {dp})", {"tp_size": tp, "dp_size": dp}))
+        return found
+    if name == "reserve":
+        flag = setup.engine.fraction_flag
+        edits = {"gpu_memory_utilization": FULL_FRACTION}
+        return [Remedy(f"{flag} {FULL_FRACTION:g}", edits)] if setup.fraction < FULL_FRACTION else []
+    found = []
+    if name == "state_copies" and request.enable_prefix_caching:
+        found.append(Remedy("--no-enable-prefix-caching", {"enable_prefix_caching": False}))
+    if name == "rounding":
+        if setup.model.cache_kinds & {"sliding", "chunked", "compressed"} and setup.batched_tokens > 2048:
+            found.append(Remedy("--max-num-batched-tokens 2048", {"max_num_batched_tokens": 2048}))
+        if cache.block_size_tokens > 16:
+            found.append(Remedy("--block-size 16", {"block_size_tokens": 16}))
+    return found
+
+
+def _holds_with(setup: Setup, edits: dict[str, Any]) -> Holds | None:
+    """What is held at the same context with the request changed; None when that cannot be planned."""
+    try:
+        other = set_up(replace(setup.request, **edits))
+        plan = cache_plan(other)
+        available = budget_of(other, weights_of(other)).kv_bytes
+    except KvplanError:
+        return None
+    return None if available is None else Holds.of(other, plan, available)

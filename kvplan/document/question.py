@@ -1,0 +1,186 @@
+"""What a report is asked: the deployment, its load, what to compare, and what is known from measurements."""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kvplan.dtypes import canonical_kv_dtype
+from kvplan.errors import InputError, closest, shorten
+from kvplan.memory.request import FIELDS, SizeRequest, make_request
+from kvplan.units import parse_tokens
+
+ALIASES = {
+    "tp": "tp_size", "pp": "pp_size", "dp": "dp_size", "dcp": "dcp_size", "ctx": "context_tokens",
+    "batch": "batch_size", "users": "batch_size", "concurrency": "batch_size", "isl": "input_tokens",
+    "osl": "output_tokens", "gpu_memory": "gpu_memory_bytes", "max_model_len": "max_model_len_tokens",
+    "block_size": "block_size_tokens",
+}  # fmt: skip
+"""Short names of fields, as command-line options and people write them."""
+
+SHAPE_FIELDS = ("num_layers", "num_kv_heads", "head_dim", "num_parameters", "window_tokens")
+OWN_FIELDS = ("name", "input_tokens", "output_tokens", "compare", "measured", "calibration", "date")
+MAX_COMPARED = 8
+DEFAULT_OUTPUT_SHARE = 8
+DEFAULT_OUTPUT_TOKENS = 1024
+_DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One report to make.
+
+    Attributes:
+        size: the sizing request; ``batch_size`` is the number of users, None when none was stated.
+        input_tokens, output_tokens: prompt and answer of a request under load.
+        lengths_given: whether they were stated, or follow from the context.
+        compare: KV formats to set beside each other, as asked; empty picks the usual ones.
+        measured: folder of a ``kvplan measure`` run.
+        calibration: an attention calibration file.
+        name: what the deployment is called; None is the model's name.
+        inputs: what was asked, as asked.
+
+    """
+
+    size: SizeRequest
+    name: str | None
+    input_tokens: int
+    output_tokens: int
+    lengths_given: bool
+    compare: tuple[str, ...]
+    measured: Path | None
+    calibration: str | None
+    date: str
+    inputs: Mapping[str, Any]
+
+
+def make_question(options: Mapping[str, Any]) -> Question:
+    """A question from plain values, each checked; None leaves the default.
+
+    Raises:
+        InputError: an unknown or impossible field; the message names it.
+
+    """
+    given = _given(options)
+    own = {name: given.pop(name) for name in OWN_FIELDS if name in given}
+    shape = next((name for name in SHAPE_FIELDS if name in given), None)
+    if shape is not None:
+        raise InputError(f"a report needs a model, not {shape}", hint="`kvplan size` plans a model from flags")
+    lengths = [_length(name, own.get(name)) for name in ("input_tokens", "output_tokens")]
+    if None not in lengths and "context_tokens" not in given:
+        given["context_tokens"] = sum(length or 0 for length in lengths)
+    size = make_request(given)
+    if size.model is None:
+        raise InputError("no model given", hint="--model takes a name (70b), a hub id, a folder or a config.json")
+    if size.gpu is None and size.gpu_memory_bytes is None:
+        raise InputError("no GPU named, and a report is about one deployment",
+                         hint="add --gpu h200; `kvplan size` without it finds the fewest of each GPU")  # fmt: skip
+    return Question(
+        size=size,
+        name=_name(own.get("name")),
+        input_tokens=lengths[0] or 0,
+        output_tokens=lengths[1] or 0,
+        lengths_given=any(lengths),
+        compare=_compared(own.get("compare")),
+        measured=None if own.get("measured") is None else Path(_text("measured", own["measured"])),
+        calibration=None if own.get("calibration") is None else _text("calibration", own["calibration"]),
+        date=iso_date(own.get("date")),
+        inputs={key: value for key, value in options.items() if value is not None and key != "date"},
+    )
+
+
+def with_lengths(question: Question, context_tokens: int) -> Question:
+    """The question with prompt and answer lengths: as stated, else the context with an answer of an eighth of it.
+
+    Raises:
+        InputError: prompt and answer are longer than the context.
+
+    """
+    prompt, answer = question.input_tokens, question.output_tokens
+    if not answer:
+        room = context_tokens - prompt
+        answer = max(1, min(DEFAULT_OUTPUT_TOKENS, context_tokens // DEFAULT_OUTPUT_SHARE, room))
+    if not prompt:
+        prompt = max(1, context_tokens - answer)
+    if prompt + answer > max(context_tokens, 2):
+        raise InputError(
+            f"a prompt of {prompt:,} and an answer of {answer:,} tokens are longer than the context of "
+            f"{context_tokens:,}",
+            hint="raise --ctx, or leave it out: it follows from --isl and --osl",
+        )
+    return replace(question, input_tokens=prompt, output_tokens=answer)
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    known = (*(name for name in FIELDS if name != "id"), *OWN_FIELDS)
+    given: dict[str, Any] = {}
+    for key, value in options.items():
+        plain = str(key).replace("-", "_")
+        name = ALIASES.get(plain, plain)
+        if name not in known:
+            close = closest(plain, (*known, *ALIASES))
+            raise InputError(f"unknown report field {shorten(str(key), 60)!r}",
+                             hint=f"closest: {', '.join(close)}" if close else None)  # fmt: skip
+        if value is None:
+            continue
+        if name in given:
+            raise InputError(f"{name} is given twice", hint=f"{shorten(str(key), 40)} means the same")
+        given[name] = value
+    return given
+
+
+def _length(name: str, value: Any) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, str | int)):
+        raise InputError(f"{name} must be a whole number of tokens, not {shorten(repr(value), 40)}")
+    return None if value is None else parse_tokens(value, name)
+
+
+def _text(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"{name} must be text, not {shorten(repr(value), 40)}")
+    return value
+
+
+def _name(value: Any) -> str | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
+        raise InputError(f"name must be text, not {shorten(repr(value), 40)}")
+    return str(value)
+
+
+def _compared(value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    words = value.split(",") if isinstance(value, str) else value
+    if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
+        raise InputError("compare must be a list of KV formats", hint="bf16,fp8,fp8_per_token_head")
+    names = tuple(dict.fromkeys(canonical_kv_dtype(word) for word in words if word.strip()))
+    if not names or len(names) > MAX_COMPARED:
+        raise InputError(f"compare names {len(names)} KV formats", hint=f"name 1 to {MAX_COMPARED}: bf16,fp8")
+    if "auto" in names:
+        raise InputError("compare takes KV formats, and auto is none", hint="bf16,fp8,fp8_per_token_head")
+    return names
+
+
+def iso_date(value: Any) -> str:
+    """An ISO date; today (UTC) without one.
+
+    Raises:
+        InputError: not a date.
+
+    """
+    if value is None:
+        return datetime.datetime.now(datetime.UTC).date().isoformat()
+    if isinstance(value, datetime.date):  # what YAML and TOML make of a bare date
+        return value.isoformat()[:10]
+    try:
+        if not isinstance(value, str) or not _DATE.fullmatch(value):
+            raise ValueError
+        return datetime.date.fromisoformat(value).isoformat()
+    except ValueError:
+        raise InputError(f"date {shorten(value, 40)!r} is not a date", hint="write 2026-11-24") from None

@@ -1,0 +1,158 @@
+"""Sentences of a report: the answer an operations lead signs, in plain words, every number from the document."""
+
+from __future__ import annotations
+
+from kvplan.document.parts import Answers, Deployment, Interval, KernelRatio, Latency, Precision
+from kvplan.latency.lines import BREAK_EVEN_GAIN
+from kvplan.units import format_count, format_gib, format_percent, format_ratio, format_tokens
+
+KERNEL_LOSS = 1.03
+"""Slope over what bytes alone would give, from which on a kernel is said to lose something."""
+
+
+def users(count: int) -> str:
+    """``1 user``, ``64 users``."""
+    return format_count(count, "user")
+
+
+def hardware(deployment: Deployment) -> str:
+    """``4 × NVIDIA H200 SXM 141GB (TP 4)``."""
+    return f"{deployment.num_gpus} × {deployment.gpu_name} ({deployment.layout})"
+
+
+def headline(deployment: Deployment, fits: bool, max_users: int, kv_bytes: int) -> str:
+    """Yes or no, who, how long, on what."""
+    d = deployment
+    at = f"{format_tokens(d.context_tokens)} tokens"
+    on = f"on {hardware(d)} with {d.kv_cache_dtype} KV"
+    if kv_bytes <= 0:
+        return f"No: the weights of {d.model} leave no memory for KV on {hardware(d)}."
+    if not fits and max_users == 0:
+        return f"No: not one user at {at} fits {on}."
+    if not fits:
+        asked = users(d.num_users or 1)
+        return f"No: {asked} at {at} each do not fit {on}; {max_users:,} would."
+    if d.num_users is None:
+        return f"Yes: {d.model} serves up to {users(max_users)} at {at} each {on}."
+    more = max_users - d.num_users
+    room = f", with room for {more:,} more" if more else ", with no room for another"
+    return f"Yes: {d.model} serves {users(d.num_users)} at {at} each {on}{room}."
+
+
+def answer_sentences(deployment: Deployment, answers: Answers) -> list[str]:
+    """What the headline rests on: capacity, headroom, speed now, speed at the limit."""
+    found = [_capacity(deployment, answers)]
+    if answers.kv_headroom_bytes is not None and (answers.kv_cache_bytes or 0) > 0:
+        found.append(_headroom(deployment, answers))
+    if answers.basis.problem is not None:
+        found.append(f"Speed is unknown: {answers.basis.problem}.")
+        return found
+    if answers.now is not None:
+        found.append(_speed(answers.now, deployment))
+    if answers.limit is not None and (answers.now is None or answers.limit.num_users != answers.now.num_users):
+        limit = answers.limit
+        load = f"under load {interval(limit.tpot)} on average, the first after {interval(limit.ttft)}"
+        found.append(f"At the limit, {users(limit.num_users)}: {interval(limit.itl)}; {load}.")
+    if answers.basis.source == "assumed":
+        found.append(
+            f"These times are assumed, not calibrated: {answers.basis.detail}. Measure before signing for them."
+        )
+    return found
+
+
+def _capacity(deployment: Deployment, answers: Answers) -> str:
+    exact = "exact" if deployment.rules == "exact" else "approximate"
+    rules = f"{deployment.engine} {deployment.engine_version}, {exact} rules"
+    if (answers.kv_cache_bytes or 0) <= 0:
+        return f"Weights and the engine's own memory need more than each GPU offers ({rules})."
+    text = f"The KV cache of {format_gib(answers.kv_cache_bytes)} a GPU holds {users(answers.max_users)} at "
+    text += f"{format_tokens(deployment.context_tokens)} tokens"
+    asked = deployment.num_users or 1
+    if answers.max_context_tokens is None:
+        return f"{text} and not one token for {users(asked)} ({rules})."
+    if answers.max_context_tokens != deployment.context_tokens:
+        text += f", or {users(asked)} at up to {format_tokens(answers.max_context_tokens)} tokens"
+    return f"{text} ({rules})."
+
+
+def _headroom(deployment: Deployment, answers: Answers) -> str:
+    free = answers.kv_headroom_bytes or 0
+    who = users(deployment.num_users or 1)
+    if free < 0:
+        return f"For {who}, {format_gib(-free)} of KV are missing on each GPU."
+    share = free / answers.kv_cache_bytes if answers.kv_cache_bytes else 0
+    return f"With {who}, {format_gib(free)} of KV stay free on each GPU ({format_percent(share, 0)} of it)."
+
+
+def _speed(latency: Latency, deployment: Deployment) -> str:
+    prompt, answer = format_tokens(deployment.input_tokens), format_tokens(deployment.output_tokens)
+    load = f"prompts of {prompt} and answers of {answer} tokens{'' if deployment.lengths_given else ' (assumed)'}"
+    return (
+        f"Now, {users(latency.num_users)}: a token every {interval(latency.itl)} when all are at "
+        f"{format_tokens(latency.context_tokens)} tokens; under load, with {load}, a token every "
+        f"{interval(latency.tpot)} on average and the first after {interval(latency.ttft)}."
+    )
+
+
+def seconds(value: float | None) -> str:
+    """Three significant digits, labelled: ``48.4 ms``, ``1.94 s``, ``812 µs``."""
+    if value is None:
+        return "unknown"
+    for unit, name in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
+        if value >= unit * 0.9995 or name == "µs":
+            scaled = value / unit
+            return f"{scaled:,.0f} {name}" if scaled >= 99.95 else f"{scaled:#.3g} {name}"
+    raise AssertionError
+
+
+def interval(value: Interval) -> str:
+    """``48.4 ms (38.6 ms to 58.7 ms)``."""
+    return f"{seconds(value.value_s)} ({seconds(value.low_s)} to {seconds(value.high_s)})"
+
+
+def fp8_sentences(small: Precision | None, base: Precision | None, refused: list[Precision], kernels: list[KernelRatio],
+                  engine: str) -> list[str]:  # fmt: skip
+    """What a smaller KV format really buys here: capacity, slope, where it starts to pay, and the kernel's part."""
+    if small is None:
+        reasons = [f"{p.kv_cache_dtype}: {p.forbidden}" for p in refused]
+        return [f"No smaller KV format can be used here ({'; '.join(reasons)})." if reasons
+                else "No smaller KV format was compared."]  # fmt: skip
+    found = [_gain(small, base)]
+    name = small.kv_cache_dtype
+    if small.slope_ratio is None:
+        why = small.latency_problem or small.slope_ratio_detail or "nothing is predicted for this GPU"
+        return [*found, f"What {name} does to speed is unknown: {why}."]
+    found.append(_slope(small))
+    if small.break_even_tokens is None:
+        found.append(f"It never saves {format_percent(BREAK_EVEN_GAIN, 0)} of the time of a token.")
+    else:
+        found.append(f"Below {format_tokens(small.break_even_tokens)} tokens in flight (users × context) it saves less "
+                     f"than {format_percent(BREAK_EVEN_GAIN, 0)} of the time of a token.")  # fmt: skip
+    if small.measured_slope_ratio is not None:
+        measured = format_ratio(small.measured_slope_ratio)
+        found.append(f"Measured on this GPU with kvplan's own kernels: {measured} the 16-bit slope.")
+    others = [k for k in kernels if k.engine != engine and k.slope_ratio < small.slope_ratio - 0.03]
+    if others:
+        best = min(others, key=lambda kernel: kernel.slope_ratio)
+        found.append(f"The fp8 kernels of {best.engine} reach {format_ratio(best.slope_ratio)} on this GPU.")
+    return found
+
+
+def _gain(small: Precision, base: Precision | None) -> str:
+    name = small.kv_cache_dtype
+    if small.capacity_gain is None or base is None:
+        return f"{name} holds {users(small.max_users or 0)}; 16-bit KV cannot be used here, so there is no ratio."
+    text = f"{name} KV holds {format_ratio(small.capacity_gain)} as many tokens as 16-bit KV"
+    if small.claimed_gain is not None and small.capacity_gain < small.claimed_gain * 0.995:
+        text += f", not the claimed {format_ratio(small.claimed_gain, 0)}"
+    scales = f"scales take {format_percent(small.scale_share)}" if small.scale_share else "its scales take nothing here"
+    return f"{text} ({scales}): {users(small.max_users or 0)} instead of {base.max_users or 0:,}."
+
+
+def _slope(small: Precision) -> str:
+    ratio, floor = small.slope_ratio or 0.0, small.bytes_ratio
+    text = f"Each token of context costs {format_ratio(ratio)} the time of 16-bit KV ({small.slope_ratio_source})"
+    if floor is not None and ratio > floor * KERNEL_LOSS:
+        text += f"; its bytes alone would make that {format_ratio(floor)}"
+        text += ": the kernel loses the rest" if small.slope_ratio_source == "calibrated" else ""
+    return f"{text}."

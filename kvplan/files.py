@@ -1,0 +1,32 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from kvplan.errors import InputError
+
+
+def write_text(path: Path, text: str, force: bool) -> None:
+    """Write ``text`` to ``path`` through a temporary file beside it.
+
+    Raises:
+        InputError: the file exists and ``force`` is not given, or it cannot be written.
+
+    """
+    if path.exists() and not force:
+        raise InputError(f"{path} exists", hint="choose another name or add --force")
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+                file.write(text)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or type(error).__name__})") from error

@@ -1,0 +1,308 @@
+"""What a report says: the answer, the numbers behind it, and what it says when the answer is no or unknown."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import CHAT, DATE, ROOT
+from support import model_folder
+
+import kvplan
+from kvplan import KvplanError, Report
+
+GIB = 2**30
+
+
+def test_the_answer_comes_first_in_words_and_numbers(chat: Report) -> None:
+    """92.49 GiB of KV a GPU over 1.25 GiB a user (32,768 tokens × 40,960 B) is 73 users and a remainder."""
+    answers = chat.answers
+    assert answers.fits
+    assert answers.max_users == 73
+    assert answers.headline == (
+        "Yes: llama-3.1-70b serves 64 users at 32,768 tokens each on 4 × NVIDIA H200 SXM 141GB (TP 4) with fp8 KV, "
+        "with room for 9 more."
+    )
+    assert answers.kv_needed_bytes == 64 * 32_768 * 40_960
+    assert answers.kv_headroom_bytes == (answers.kv_cache_bytes or 0) - answers.kv_needed_bytes
+
+
+def test_a_report_says_what_size_and_itl_say(chat: Report) -> None:
+    request = {key: value for key, value in CHAT.items() if key not in ("concurrency", "date")}
+    plan = kvplan.size(**request, batch_size=64)
+    assert chat.answers.max_users == plan.answers.max_batch_at_context
+    assert chat.answers.max_context_tokens == plan.answers.max_context_at_batch_tokens
+    now, limit = chat.answers.now, chat.answers.limit
+    assert now is not None and limit is not None
+    for at, users in ((now, 64), (limit, 73)):
+        itl = kvplan.itl(**request, batch_size=users)
+        assert at.itl.value_s == pytest.approx(itl.itl_s, rel=1e-5)
+        assert at.itl.low_s == pytest.approx(itl.interval_s[0], rel=1e-5)
+        assert at.num_users == users
+
+
+def test_load_is_predicted_with_the_lengths_that_were_given() -> None:
+    report = kvplan.report(model="8b", gpu="h100", input_tokens="3k", output_tokens="1k", concurrency=16, date=DATE)
+    assert report.deployment.context_tokens == 4096
+    assert report.deployment.lengths_given
+    plan = kvplan.itl(model="8b", gpu="h100", kv_cache_dtype="bf16", context_tokens=None, input_tokens=3072,
+                      output_tokens=1024, concurrency=16)  # fmt: skip
+    assert plan.load is not None and report.answers.now is not None
+    assert report.answers.now.tpot.value_s == pytest.approx(plan.load.tpot_s, rel=1e-5)
+
+
+def test_fp8_is_worth_its_capacity_after_scales_and_its_slope_after_the_kernel(chat: Report) -> None:
+    rows = {row.kv_cache_dtype: row for row in chat.precisions}
+    assert list(rows) == ["bfloat16", "fp8", "fp8_per_token_head"]
+    assert rows["fp8"].is_chosen and rows["fp8"].capacity_gain == 2.0
+    per_token_head = rows["fp8_per_token_head"]
+    assert per_token_head.capacity_gain == pytest.approx(512 / 264, rel=1e-5)  # 256 values and 8 bytes of scales
+    for row in (rows["fp8"], per_token_head):
+        assert row.slope_ratio is not None and row.bytes_ratio is not None
+        assert row.slope_ratio > row.bytes_ratio, "no kernel is faster than its bytes"
+    assert any("its bytes alone would make that 0.50×: the kernel loses the rest" in s for s in chat.fp8_sentences)
+
+
+def test_a_measured_run_adds_its_points_and_the_slope_of_our_kernels(run_folder: Path) -> None:
+    report = kvplan.report(model="8b", gpu="h200", context_tokens="32k", concurrency=32, measured=str(run_folder),
+                           date=DATE)  # fmt: skip
+    measured = report.measured
+    assert measured is not None
+    steps = [point for point in measured.points if point.kind == "whole_step"]
+    kernels = [point for point in measured.points if point.kind == "kernel"]
+    assert {(p.num_users, p.kv_cache_dtype) for p in steps} == {(32, "bfloat16"), (32, "fp8")}
+    assert {p.num_users for p in kernels} == {8, 32}
+    first = next(p for p in steps if p.context_tokens == 2048 and p.kv_cache_dtype == "bfloat16")
+    assert first.itl_s == pytest.approx(0.00809357, rel=1e-4)  # the record itself
+    assert first.error == pytest.approx(first.predicted_s / first.itl_s - 1, rel=1e-4)
+    fp8 = next(row for row in report.precisions if row.kv_cache_dtype == "fp8")
+    assert fp8.measured_slope_ratio == pytest.approx(0.51, abs=0.01)
+    assert {32, 8} <= set(report.what_if.users), "the page can show the measured points"
+
+
+def test_kernel_samples_of_other_heads_are_left_out_and_counted(run_folder: Path) -> None:
+    report = kvplan.report(**CHAT, measured=str(run_folder))  # TP 4: 16 query heads a rank, none was measured
+    assert report.measured is not None
+    assert report.measured.points == []
+    assert any("kernel samples left out: of other heads" in note for note in report.measured.notes)
+
+
+def test_a_run_of_another_gpu_is_refused(run_folder: Path) -> None:
+    with pytest.raises(KvplanError, match="was measured on h200, not on h100-sxm") as error:
+        kvplan.report(model="8b", gpu="h100", measured=str(run_folder))
+    assert error.value.exit_code == 2
+
+
+def test_a_given_calibration_is_used_and_its_hash_is_in_the_report() -> None:
+    path = ROOT / "profiles" / "calibrations" / "attention-h100-sxm-tensorrt-llm.json"
+    question: dict[str, Any] = {"model": "70b", "gpu": "h100", "tp_size": 4, "context_tokens": "8k", "date": DATE}
+    plain, given = kvplan.report(**question), kvplan.report(**question, calibration=str(path))
+    slopes = [next(p.slope_ratio for p in r.precisions if p.kv_cache_dtype == "fp8") for r in (plain, given)]
+    assert slopes[1] != slopes[0]
+    hashes = {print_.name: print_.sha256 for print_ in given.fingerprints}
+    assert hashes[str(path)] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_every_profile_that_was_used_is_named_with_its_hash(chat: Report) -> None:
+    kinds = {(mark.kind, mark.name): mark.sha256 for mark in chat.fingerprints}
+    path = ROOT / "profiles" / "models" / "llama-3.1-70b.json"
+    assert kinds["model profile", "llama-3.1-70b"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert ("GPU profile", "h200") in kinds and ("calibration", "attention-h200-vllm") in kinds
+
+
+def test_a_model_from_a_folder_is_named_by_its_config(tmp_path: Path) -> None:
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096,
+              "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+              "intermediate_size": 14336, "vocab_size": 128256, "max_position_embeddings": 131072}  # fmt: skip
+    folder = model_folder(tmp_path / "mine", config)
+    report = kvplan.report(model=folder, gpu="h100", context_tokens="8k", date=DATE)
+    (mark,) = [mark for mark in report.fingerprints if mark.kind == "model config"]
+    assert mark.sha256 == hashlib.sha256((tmp_path / "mine" / "config.json").read_bytes()).hexdigest()
+    assert report.launch[0].command is not None and folder in report.launch[0].command
+
+
+# ------------------------------------------------------------------------------------------------- memory and waste
+
+
+@pytest.mark.parametrize(
+    "question",
+    [CHAT, {"model": "405b", "gpu": "l4", "context_tokens": "4k"},
+     {"model": "gpt-oss-120b", "gpu": "mi300x", "engine": "sglang", "context_tokens": "8k", "concurrency": 16},
+     {"model": "70b", "gpu": "h200", "tp_size": 4, "engine": "trtllm", "context_tokens": "8k", "concurrency": 4},
+     {"model": "qwen3.5-27b", "gpu": "h100", "context_tokens": "64k", "concurrency": 3},
+     {"model": "70b", "gpu": "h100", "tp_size": 8, "kv_cache_memory_bytes": "20GiB", "context_tokens": "8k"},
+     {"model": "deepseek-v3", "gpu": "h200", "tp_size": 8, "context_tokens": "32k", "concurrency": 9}],
+    ids=lambda question: f"{question['model']}-{question['gpu']}",
+)  # fmt: skip
+def test_the_segments_add_up_to_the_memory_of_the_gpu(question: dict[str, Any]) -> None:
+    report = kvplan.report(**{**question, "date": DATE})
+    plan = kvplan.size(compare=False, model=question["model"], gpu=question["gpu"], context_tokens="4k",
+                       tp_size=question.get("tp_size", 1))  # fmt: skip
+    assert sum(segment.bytes for segment in report.memory) == plan.memory.total_bytes
+    assert all(segment.bytes > 0 for segment in report.memory if segment.kind != "short")
+
+
+def test_replicated_heads_are_waste_and_dcp_wins_them_back() -> None:
+    """TP 16 on 8 KV heads stores every head twice; with DCP 2 the same memory holds twice the users."""
+    report = kvplan.report(model="70b", gpu="h200", tp_size=16, context_tokens="32k", concurrency=64, date=DATE)
+    (line,) = [line for line in report.waste if line.name == "replicated"]
+    assert line.bytes == 64 * 32_768 * 40_960 // 2  # half of 80 layers × 1 head × 512 B a token
+    assert line.fix == "decode context parallel 2 (--dcp 2)"
+    assert line.wins_capacity == pytest.approx(1.0, abs=0.01)
+    twice = kvplan.size(model="70b", gpu="h200", tp_size=16, dcp_size=2, context_tokens="32k")
+    assert line.wins_users == (twice.answers.max_batch_at_context or 0) - report.answers.max_users
+
+
+def test_memory_outside_the_fraction_is_waste_and_a_higher_fraction_wins_users(chat: Report) -> None:
+    (line,) = [line for line in chat.waste if line.name == "reserve"]
+    assert line.fix == "--gpu-memory-utilization 0.95"
+    more = kvplan.size(model="70b", gpu="h200", tp_size=4, context_tokens="32k", kv_cache_dtype="fp8",
+                       gpu_memory_utilization=0.95)  # fmt: skip
+    assert line.wins_users == (more.answers.max_batch_at_context or 0) - 73
+
+
+def test_windows_reserve_tokens_in_flight_and_fewer_batched_tokens_win_them_back() -> None:
+    report = kvplan.report(model="gemma-3-27b", gpu="h100", tp_size=2, context_tokens="32k", concurrency=16,
+                           kv_cache_dtype="fp8", date=DATE)  # fmt: skip
+    line = report.waste[0]
+    assert (line.name, line.fix) == ("rounding", "--max-num-batched-tokens 2048")
+    assert line.wins_users is not None and line.wins_users > 0
+
+
+# ----------------------------------------------------------------------------------------------------- no is an answer
+
+
+def test_no_because_users_are_too_many() -> None:
+    report = kvplan.report(model="70b", gpu="h200", tp_size=4, context_tokens="32k", concurrency=64, date=DATE)
+    assert not report.answers.fits
+    assert report.answers.headline.startswith("No: 64 users at 32,768 tokens each do not fit")
+    assert report.answers.headline.endswith("36 would.")
+    assert report.answers.now is None and report.answers.limit is not None
+    assert report.answers.limit.num_users == 36
+    assert (report.answers.kv_headroom_bytes or 0) < 0
+    assert any("--kv-cache-dtype fp8" in item.message for item in report.advice)
+    assert any("does not fit" in note for note in report.launch[0].notes)
+
+
+def test_no_because_the_weights_alone_are_larger_than_the_gpu() -> None:
+    report = kvplan.report(model="405b", gpu="l4", context_tokens="4k", date=DATE)
+    assert report.answers.headline.startswith("No: the weights of llama-3.1-405b leave no memory for KV")
+    assert report.answers.limit is None and report.waste == []
+    (short,) = [segment for segment in report.memory if segment.kind == "short"]
+    assert short.bytes < -700 * GIB
+    assert "<html" in report.as_html() and "No: the weights" in report.as_markdown()
+
+
+def test_speed_is_unknown_where_the_bandwidth_is() -> None:
+    report = kvplan.report(model="70b", gpu_memory="80GiB", tp=4, ctx="8k", concurrency=8, date=DATE)
+    assert report.answers.fits and report.answers.now is None
+    assert report.answers.basis.problem is not None and "bandwidth" in report.answers.basis.problem
+    assert all(surface.itl_s is None for surface in report.what_if.surfaces)
+    assert all(surface.max_users[0] > 0 for surface in report.what_if.surfaces)
+    assert "Nothing is predicted" in report.as_html()
+
+
+def test_a_precision_that_the_gpu_refuses_is_listed_with_the_reason() -> None:
+    report = kvplan.report(model="70b", gpu="a100-80gb-sxm", tp_size=4, context_tokens="8k", compare="nvfp4", date=DATE)
+    (row,) = [row for row in report.precisions if row.kv_cache_dtype == "nvfp4"]
+    assert row.forbidden is not None and "Blackwell" in row.forbidden
+    assert report.fp8_sentences == [f"No smaller KV format can be used here (nvfp4: {row.forbidden})."]
+
+
+def test_times_that_nothing_was_measured_for_say_so() -> None:
+    report = kvplan.report(model="gpt-oss-120b", gpu="mi300x", engine="sglang", context_tokens="8k", date=DATE)
+    assert report.answers.basis.source == "assumed"
+    assert any("assumed, not calibrated" in sentence for sentence in report.answers.sentences)
+
+
+# ------------------------------------------------------------------------------------------------------------- what if
+
+
+def test_the_grid_says_what_single_plans_say(chat: Report) -> None:
+    grid = chat.what_if
+    for surface in grid.surfaces:
+        for users, context in ((8, 16_384), (64, 4096)):
+            row, column = grid.users.index(users), grid.contexts_tokens.index(context)
+            plan = kvplan.itl(model="70b", gpu="h200", tp_size=4, context_tokens=context, batch_size=users,
+                              kv_cache_dtype=surface.kv_cache_dtype)  # fmt: skip
+            assert surface.itl_s is not None
+            assert surface.itl_s[row][column] == pytest.approx(plan.itl_s, rel=1e-5)
+            sized = kvplan.size(model="70b", gpu="h200", tp_size=4, context_tokens=context,
+                                kv_cache_dtype=surface.kv_cache_dtype)  # fmt: skip
+            assert surface.max_users[column] == sized.answers.max_batch_at_context
+            assert surface.bytes_per_request[column] == sized.kv_cache.bytes_per_request
+
+
+def test_more_users_and_longer_contexts_are_never_faster(chat: Report) -> None:
+    for surface in chat.what_if.surfaces:
+        assert surface.itl_s is not None
+        assert all(a <= b for row in surface.itl_s for a, b in itertools.pairwise(row))
+        assert all(a <= b for column in zip(*surface.itl_s, strict=True)
+                   for a, b in itertools.pairwise(column))  # fmt: skip
+        assert surface.max_users == sorted(surface.max_users, reverse=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- launch
+
+
+def test_launch_commands_carry_the_plan(chat: Report) -> None:
+    vllm, sglang, trtllm = chat.launch
+    assert vllm.command == (
+        "vllm serve meta-llama/Llama-3.1-70B-Instruct --tensor-parallel-size 4 --max-model-len 32768 "
+        "--kv-cache-dtype fp8 --gpu-memory-utilization 0.92"
+    )
+    assert sglang.command is not None and trtllm.command is not None
+    assert "--tp-size 4 --context-length 32768 --max-running-requests 64 --kv-cache-dtype fp8_e4m3" in sglang.command
+    assert "--tp_size 4 --max_seq_len 32768 --max_batch_size 64" in trtllm.command
+    assert any("kv_cache_config: {dtype: fp8}" in note for note in trtllm.notes)
+
+
+def test_an_engine_without_the_format_has_no_command_but_a_reason() -> None:
+    report = kvplan.report(**{**CHAT, "kv_cache_dtype": "fp8_per_token_head"})
+    commands = {item.engine: item for item in report.launch}
+    assert commands["sglang"].command is None
+    assert "no KV format fp8_per_token_head" in commands["sglang"].notes[0]
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("question", "says"),
+    [({"gpu": "h200"}, "no model given"), ({"model": "70b"}, "no GPU named"),
+     ({"model": "70b", "gpu": "h200", "nonsense": 1}, "unknown report field 'nonsense'"),
+     ({"model": "70b", "gpu": "h200", "tp": 4, "tp_size": 4}, "tp_size is given twice"),
+     ({"model": "70b", "gpu": "h200", "isl": "32k", "osl": "1k", "ctx": "8k"}, "longer than the context"),
+     ({"model": "70b", "gpu": "h200", "compare": "fp7"}, "unknown KV-cache dtype 'fp7'"),
+     ({"model": "70b", "gpu": "h200", "compare": "auto"}, "auto is none"),
+     ({"model": "70b", "gpu": "h200", "compare": ""}, "compare names 0"),
+     ({"model": "70b", "gpu": "h200", "date": "24.11.2026"}, "is not a date"),
+     ({"model": "70b", "gpu": "h200", "date": "2026-02-30"}, "is not a date"),
+     ({"model": "70b", "gpu": "h200", "name": ""}, "name must be text"),
+     ({"model": "70b", "gpu": "h200", "measured": "/nowhere"}, "is no run of kvplan measure"),
+     ({"model": "70b", "gpu": "h200", "calibration": "/nowhere.json"}, "cannot be read"),
+     ({"num_layers": 4, "gpu": "h200"}, "a report needs a model"),
+     ({"model": "70b", "gpu": "h200", "concurrency": 0}, "batch_size must be between 1"),
+     ({"model": "70b", "gpu": "h200", "concurrency": "many"}, "batch_size must be")],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_what_cannot_be_asked_is_one_line_that_names_it(question: dict[str, Any], says: str) -> None:
+    with pytest.raises(KvplanError, match=says) as error:
+        kvplan.report(**question)
+    assert "\n" not in error.value.message
+    assert error.value.exit_code == 2
+
+
+def test_the_document_is_plain_data_with_units_in_its_keys(chat: Report) -> None:
+    def keys(value: Any) -> set[str]:
+        if isinstance(value, dict):
+            return set(value) | {key for child in value.values() for key in keys(child)}
+        return {key for item in value for key in keys(item)} if isinstance(value, list) else set()
+
+    found = keys(json.loads(chat.as_json()))
+    assert not [key for key in found if key.endswith(("_ms", "_gib", "_gb", "_mb", "_us", "_kib"))]
+    assert {"itl_s", "kv_cache_bytes", "contexts_tokens", "slope_s_per_token"} <= found

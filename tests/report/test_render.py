@@ -1,0 +1,188 @@
+"""The three forms of a report: escaped, self-contained, reproducible, and of a published schema."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from conftest import CHAT, ROOT
+from pydantic import ValidationError
+
+import kvplan
+from kvplan import Fleet, Report
+from kvplan.document.parts import printable
+from kvplan.document.render import ASSETS, code_span, markdown_text
+from kvplan.document.schema import SCHEMAS, schema_text
+
+VENDOR = ASSETS / "vendor"
+
+
+class Tags(HTMLParser):
+    """Every tag of a page with its attributes, and the text of its scripts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.scripts: list[str] = []
+        self._in_script = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._in_script = tag == "script"
+        if self._in_script:
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in_script = False
+
+    def handle_data(self, data: str) -> None:
+        if self._in_script:
+            self.scripts[-1] += data
+
+
+def tags_of(page: str) -> Tags:
+    found = Tags()
+    found.feed(page)
+    return found
+
+
+def test_the_same_inputs_and_date_give_the_same_bytes(chat: Report) -> None:
+    again = kvplan.report(**CHAT)
+    assert again.as_html() == chat.as_html()
+    assert again.as_markdown() == chat.as_markdown()
+    assert again.as_json() == chat.as_json()
+
+
+def test_a_page_is_one_file_of_at_most_2_mb_that_asks_for_no_other(chat: Report) -> None:
+    page = chat.as_html()
+    assert len(page.encode()) <= 2_000_000
+    found = tags_of(page)
+    assert not [attrs for tag, attrs in found.tags if tag in ("link", "img", "iframe", "object", "embed", "base")]
+    assert not [attrs for tag, attrs in found.tags if "src" in attrs or "srcset" in attrs]
+    assert all((attrs.get("href") or "#").startswith("#") for tag, attrs in found.tags if tag == "a")
+
+
+def test_the_content_policy_allows_the_scripts_of_the_page_and_nothing_else(chat: Report) -> None:
+    found = tags_of(chat.as_html())
+    (policy,) = [a["content"] for t, a in found.tags if t == "meta" and "http-equiv" in a]
+    assert policy is not None and policy.startswith("default-src 'none'; script-src 'sha256-")
+    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in found.scripts[1:]]
+    assert re.findall(r"'sha256-([^']+)'", policy) == digests
+
+
+def test_the_chart_library_is_the_published_build_it_says_it_is() -> None:
+    """Version, source and licence are noted beside it; the hash is of the file in the package on npm."""
+    noted = json.loads((VENDOR / "echarts.json").read_text())
+    script = (VENDOR / noted["file"]).read_bytes()
+    assert hashlib.sha256(script).hexdigest() == noted["sha256"]
+    assert f'.version="{noted["version"]}"'.encode() in script
+    assert noted["license"].startswith("Apache-2.0") and (VENDOR / "echarts-LICENSE").is_file()
+    assert b"</script" not in script
+
+
+# ------------------------------------------------------------------------------------------------------------ escaping
+
+
+def test_a_hostile_name_is_text_in_the_page(chat: Report, hostile: Report) -> None:
+    """The page has the same tags under either name: nothing of the name became markup."""
+    plain, other = tags_of(chat.as_html()), tags_of(hostile.as_html())
+    count = [sum(tag == name for name, _ in plain.tags) for tag in ("script", "img", "h1", "title", "b")]
+    assert count == [sum(tag == name for name, _ in other.tags) for tag in ("script", "img", "h1", "title", "b")]
+    assert not [attrs for _, attrs in other.tags if any(name.startswith("on") for name in attrs)]
+    assert "&lt;/script&gt;&lt;script&gt;document.title" in hostile.as_html()
+
+
+@pytest.mark.parametrize("form", ["as_html", "as_markdown", "as_json"])
+def test_no_control_or_bidi_character_survives(hostile: Report, form: str) -> None:
+    text = getattr(hostile, form)()
+    body = text.replace((VENDOR / "echarts.common.min.js").read_text(), "")
+    assert not [ch for ch in body if not ch.isprintable() and ch != "\n"]
+
+
+def test_json_is_ascii_and_holds_the_name_as_data(hostile: Report) -> None:
+    text = hostile.as_json()
+    assert text.isascii()
+    assert json.loads(text)["name"].startswith("</script><script>document.title='owned'</script>")
+
+
+def test_a_hostile_name_is_one_line_of_text_in_markdown(hostile: Report) -> None:
+    lines = hostile.as_markdown().splitlines()
+    assert lines[0].startswith("# \\</script\\>\\<script\\>document.title")
+    assert "\\`\\|\\*\\_" in lines[0]
+    unescaped = re.compile(r"(?<!\\)<(?!/?details>|/?summary>|details>)")
+    outside_code = [re.sub(r"(`+) ?.*? ?\1", "", line) for line in lines]
+    assert not [line for line in outside_code if unescaped.search(line)]
+
+
+def test_every_row_of_a_markdown_table_has_the_cells_of_its_heading(hostile: Report) -> None:
+    width = None
+    for line in hostile.as_markdown().splitlines():
+        if not line.startswith("|"):
+            width = None
+            continue
+        cells = len(re.findall(r"(?<!\\)\|", line))
+        width = width or cells
+        assert cells == width, line
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("a|b", "a\\|b"), ("a\nb", "a b"), ("<b>", "\\<b\\>"), ("&lt;", "&amp;lt;"), ("[x](y)", "\\[x\\](y)"),
+     ("50% off & more", "50% off & more"), ("$x$", "\\$x\\$")],
+)  # fmt: skip
+def test_markdown_shows_text_as_it_is(text: str, shown: str) -> None:
+    assert markdown_text(text) == shown
+
+
+def test_a_code_span_cannot_be_ended_from_inside() -> None:
+    assert code_span("a `b` c") == "`` a `b` c ``"
+    assert code_span("a|b") == "`a\\|b`"
+
+
+def test_text_is_cleaned_and_cut() -> None:
+    assert printable("a\u202eb\x00c\nd") == "a\ufffdb\ufffdc\ufffdd"
+    cut = printable("x" * 5000)
+    assert isinstance(cut, str) and len(cut) == 2000 and cut.endswith("…")
+
+
+# -------------------------------------------------------------------------------------------------------------- schema
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_the_published_schema_is_that_of_the_types(name: str) -> None:
+    """Regenerate with: python -m kvplan.document.schema docs/schema"""
+    published = (ROOT / "docs" / "schema" / name).read_text(encoding="utf-8")
+    assert published == schema_text(SCHEMAS[name])
+
+
+def test_a_report_as_json_is_a_report_again(chat: Report) -> None:
+    assert Report.model_validate_json(chat.as_json(), strict=True) == chat
+    data = json.loads(chat.as_json())
+    with pytest.raises(ValidationError):
+        Report.model_validate({**data, "schema_version": 2})
+    with pytest.raises(ValidationError):
+        Report.model_validate({**data, "surprise": 1})
+
+
+def test_every_schema_of_the_documents_is_published() -> None:
+    assert set(SCHEMAS.values()) == {Report, Fleet}
+    assert {path.name for path in (ROOT / "docs" / "schema").iterdir()} == set(SCHEMAS)
+
+
+def test_a_report_without_javascript_has_the_figures_in_its_tables(chat: Report) -> None:
+    page = re.sub(r"<script.*?</script>", "", chat.as_html(), flags=re.S)
+    assert "48.4 ms" in page and "does not fit" in page and "1,183" in page  # users of bfloat16 at 1k
+    assert page.count("Figures of this picture") == 3
+
+
+def test_templates_and_scripts_ask_nothing_of_the_network() -> None:
+    own = [path for path in Path(ASSETS).iterdir() if path.is_file()]
+    assert own
+    for path in own:
+        text = path.read_text()
+        assert not re.search(r"https?://|\bfetch\(|XMLHttpRequest|import\(|@import|url\(", text), path.name
