@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import json
+import pkgutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -132,11 +133,20 @@ def test_all_names_every_public_name_and_each_can_be_had() -> None:
     sizing = {"KvplanError", "SizePlan", "SizeRequest", "__version__", "size", "size_from_log"}
     latency = {"ItlPlan", "itl", "itl_cases"}
     checking = {"CheckResult", "check_log", "check_url"}
-    assert sizing <= set(kvplan.__all__) <= sizing | latency | checking
+    reporting = {"Fleet", "Report", "fleet", "report"}
+    assert set(kvplan.__all__) == sizing | latency | checking | reporting
     assert all(getattr(kvplan, name) is not None for name in kvplan.__all__)
     assert set(dir(kvplan)) >= set(kvplan.__all__)
     with pytest.raises(AttributeError, match="nonsense"):
         kvplan.nonsense  # noqa: B018
+
+
+def test_report_is_a_function_after_every_module_was_imported() -> None:
+    """A subpackage of a public function's name would hide it."""
+    names = [module.name for module in pkgutil.walk_packages(kvplan.__path__, "kvplan.") if "kernels" not in module.name]
+    hidden = {f"kvplan.{name}" for name in kvplan.__all__} & set(names)
+    assert not hidden
+    assert callable(kvplan.report)
 
 
 @pytest.mark.parametrize("name", ["kvplan", "kvplan.api", "kvplan.units"])

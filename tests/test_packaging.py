@@ -77,6 +77,8 @@ def test_the_wheel_holds_kernels_and_profiles_under_kvplan_only(artefacts: tuple
     assert any(name.endswith("LICENSE") for name in names)
     checkout = {f"kvplan/profiles/{p.relative_to(ROOT / 'profiles')}" for p in (ROOT / "profiles").rglob("*.json")}
     assert checkout <= names
+    assets = ROOT / "kvplan" / "document" / "assets"
+    assert {f"kvplan/document/assets/{p.relative_to(assets)}" for p in assets.rglob("*.*") if p.is_file()} <= names
     modules = {f"kvplan/kernels/{p.relative_to(ROOT / 'kernels')}" for p in (ROOT / "kernels").rglob("*.py")}
     assert modules <= names
 
