@@ -143,7 +143,9 @@ def test_all_names_every_public_name_and_each_can_be_had() -> None:
 
 def test_report_is_a_function_after_every_module_was_imported() -> None:
     """A subpackage of a public function's name would hide it."""
-    names = [module.name for module in pkgutil.walk_packages(kvplan.__path__, "kvplan.") if "kernels" not in module.name]
+    names = [
+        module.name for module in pkgutil.walk_packages(kvplan.__path__, "kvplan.") if "kernels" not in module.name
+    ]
     hidden = {f"kvplan.{name}" for name in kvplan.__all__} & set(names)
     assert not hidden
     assert callable(kvplan.report)

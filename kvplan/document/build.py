@@ -22,7 +22,6 @@ from kvplan.latency.kv import attention_calibration
 from kvplan.latency.plan import ItlPlan
 from kvplan.latency.planner import plan_points
 from kvplan.latency.request import Point
-from kvplan.latency.served import stored_kv_dtype
 from kvplan.memory.cache_plan import CachePlan
 from kvplan.memory.explain import explained
 from kvplan.memory.ledger import waste_ledger
@@ -139,7 +138,7 @@ def _deployment(
         engine=setup.engine.name,
         engine_version=cache.version,
         rules="exact" if cache.exact else "approximation",
-        kv_cache_dtype=stored_kv_dtype(cache, setup.model),
+        kv_cache_dtype=cache.kv_cache_dtype,
         context_tokens=setup.context_tokens,
         num_users=request.batch_size,
         input_tokens=question.input_tokens,

@@ -11,9 +11,9 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FiniteFloat
 
-MAX_TEXT_CHARS = 2000
+from kvplan.memory.request import Source
 
-Source = Literal["exact", "assumed", "calibrated", "given", "roofline"]
+MAX_TEXT_CHARS = 2000
 
 
 def printable(value: object) -> object:

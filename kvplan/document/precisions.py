@@ -11,7 +11,6 @@ from kvplan.dtypes import kv_format
 from kvplan.errors import KvplanError
 from kvplan.latency.kv import attention_calibration, is_latent
 from kvplan.latency.lines import ItlLine, make_line
-from kvplan.latency.served import stored_kv_dtype
 from kvplan.memory.cache_plan import CachePlan
 from kvplan.memory.engines import ENGINES
 from kvplan.memory.plan import FormatRow
@@ -51,7 +50,7 @@ class Format:
 def formats_of(question: Question, setup: Setup, cache: CachePlan, available_bytes: int, contexts: Sequence[int]
                ) -> list[Format]:  # fmt: skip
     """The formats of the report, 16 bits first; the one the deployment uses among them."""
-    chosen = stored_kv_dtype(cache, setup.model)
+    chosen = cache.kv_cache_dtype
     rows = compare_formats(setup, _names(question, setup, chosen), available_bytes)
     users = setup.request.batch_size or 1
     limit = max(setup.model.max_context_tokens or 0, setup.max_model_len_tokens)

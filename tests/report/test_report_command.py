@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import DATE
+from conftest import DATE, ROOT
 from support import Ran
 
 import kvplan
@@ -201,3 +202,17 @@ def test_fifty_reports_take_at_most_20_seconds(tmp_path: Path) -> None:
     used = cpu_seconds("report", "fleet.yaml", "-o", "out", "--force", cwd=tmp_path)
     assert len(list((tmp_path / "out").glob("d*.html"))) == 50
     assert used <= 20.0, f"{used:.1f} s of CPU, {time.monotonic() - started:.1f} s in all for three runs"
+
+
+def test_every_readme_command_of_the_section_runs(run_folder: Path, tmp_path: Path, kvplan_cli: Cli) -> None:
+    """With the scenario that the README shows, and a run folder in place of runs/8b."""
+    section = (ROOT / "README.md").read_text().split("## Sign it off")[1].split("\n## ")[0]
+    (tmp_path / "fleet.yaml").write_text(section.split("```yaml\n")[1].split("```")[0])
+    replaced = {"fleet.yaml": str(tmp_path / "fleet.yaml"), "runs/8b": str(run_folder), "out/": str(tmp_path / "out")}
+    commands = section.split("```sh\n")[1].split("```")[0].splitlines()
+    assert len(commands) == 3
+    for command in commands:
+        words = shlex.split(command.split("  #")[0])[1:]
+        words = [replaced.get(word, word.replace("report.", f"{tmp_path}/report.")) for word in words]
+        done = kvplan_cli(*words, "--force")
+        assert done.code == 0, done.err
