@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 
 from kvplan import profiles
-from kvplan.dtypes import KV_FORMATS
 from kvplan.gpu import gpu_names, load_gpu
 
 JSON = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -61,31 +60,20 @@ def gpus_command(as_json: JSON = False) -> None:
 
 
 def dtypes_command(as_json: JSON = False) -> None:
-    """List the KV-cache formats: bytes a token and head at head_dim 128, scales, gain before padding."""
-    rows: list[dict[str, Any]] = []
-    for fmt in KV_FORMATS.values():
-        latent = fmt.name.endswith("_ds_mla")
-        size = None if latent else fmt.content_bytes(128, 128)
-        rows.append(
-            {
-                "name": fmt.name,
-                "bytes_per_token_head": size,
-                "scale_bytes": None if latent else fmt.scale_bytes(128, 128),
-                "scale_granularity": fmt.scale_granularity,
-                "gain": None if size is None else 512 / size,
-                "note": fmt.note,
-            }
-        )
-    if as_json:
-        _emit(rows)
-        return
-    from kvplan.terminal.console import add_row, make_console, make_table
+    """List the KV-cache formats: bytes, scales, gain, measured slope, and the engines and GPUs that take them."""
+    from dataclasses import asdict
 
-    table = make_table("KV dtype", "B", "scales", "gain", "what it is", right=(1, 2, 3), wrap=(4,))
-    for row in rows:
-        if row["gain"] is None:
-            add_row(table, row["name"], "–", "–", "–", row["note"])
-        else:
-            scales, gain = f"{row['scale_bytes']:g}", f"{row['gain']:.2f}×"
-            add_row(table, row["name"], f"{row['bytes_per_token_head']}", scales, gain, row["note"])
-    make_console().print(table)
+    from kvplan.formats import format_facts
+    from kvplan.measure.shipped import measured_slopes
+
+    slopes, facts = measured_slopes(), format_facts()
+    if as_json:
+        _emit([
+            fact.as_dict() | {"measured_slope": asdict(slopes[fact.name]) if fact.name in slopes else None}
+            for fact in facts
+        ])  # fmt: skip
+        return
+    from kvplan.terminal.dtypes_view import show_dtypes
+    from kvplan.terminal.plain import Page
+
+    show_dtypes(Page(), facts, slopes)

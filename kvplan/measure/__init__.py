@@ -9,7 +9,7 @@
 ``analysis``      slopes, ratios, errors: from records to a report
 ``step_plan``     the whole decode step of a dense model: which, how predicted, which line
 ``fit``           the calibration that a run ends with
-``records_page``  ``docs/measured.md`` from the records that ship
+``records_page``  ``docs/measured.md`` from the records that ship, which ``shipped`` reads
 
 Only ``cuda``, ``cpu``, ``accuracy``, ``dense_step`` and ``torch_peer`` import torch and the kernels that need it,
 and they are imported when a run starts.

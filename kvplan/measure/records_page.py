@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from kvplan import profiles
 from kvplan.calibration.calibrate import calibrate_file
 from kvplan.calibration.schema import attention_from_json
 from kvplan.gpu import load_gpu
 from kvplan.measure.analysis import Comparison, cell_rows, compare, line_rows, shape_of
 from kvplan.measure.plan import Family
 from kvplan.measure.predict import ENGINE, Predictor, datasheet_predictor
+from kvplan.measure.shipped import ROOFLINE_BYTES_PER_S, SAMPLES, STEPS, Runs, shipped_runs, shipped_steps
 from kvplan.measure.step_plan import step_lines, step_rows
-from kvplan.samples import Sample, append_record, read_samples
+from kvplan.samples import Sample, append_record
 from kvplan.units import format_bytes_per_s, format_percent, format_ratio, format_seconds
-
-SAMPLES = "h200-measure-2026-11-23.jsonl"
-STEPS = "h200-steps-2026-11-23.jsonl"
-ROOFLINE_BYTES_PER_S = 4.54e12
-"""Read roofline of the runs on the page, as they printed it."""
-QUICK_CELLS = 27
 
 HEAD = """# What `kvplan measure` measured
 
@@ -64,30 +55,6 @@ embedding, append, attention, LM head. Layers take turns on distinct caches of 1
 | KV dtype | ITL at 0 tokens | per 1k tokens | R² | slope to bf16 | floor |
 |---|---|---|---|---|---|
 """
-
-
-@dataclass(frozen=True)
-class Runs:
-    """The shipped samples by run: quick, the same again, five formats, and the heads of an 8B model."""
-
-    quick: list[Sample]
-    again: list[Sample]
-    formats: list[Sample]
-    small: list[Sample]
-
-
-def shipped_runs() -> Runs:
-    """The samples that ship."""
-    found = read_samples(profiles.ROOT / "measurements" / SAMPLES).samples
-    formats = QUICK_CELLS // 3 * 5
-    cuts = (0, QUICK_CELLS, 2 * QUICK_CELLS, 2 * QUICK_CELLS + formats, len(found))
-    return Runs(*(found[low:high] for low, high in itertools.pairwise(cuts)))
-
-
-def shipped_steps() -> list[dict[str, Any]]:
-    """The records of whole decode steps that ship."""
-    text = (profiles.ROOT / "measurements" / STEPS).read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
 
 
 def calibrated_on(samples: Sequence[Sample]) -> Predictor:

@@ -5,17 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from kvplan import profiles
-from kvplan.measure import records_page
+from kvplan.measure import records_page, shipped
 from kvplan.samples import read_samples
 
 
 def test_every_shipped_sample_is_one_and_was_gated_spill_free() -> None:
-    found = read_samples(profiles.ROOT / "measurements" / records_page.SAMPLES)
+    found = read_samples(profiles.ROOT / "measurements" / shipped.SAMPLES)
     assert found.corrupt == []
     assert len(found.samples) == 27 + 27 + 45 + 12
     assert {sample.environment["device_name"] for sample in found.samples} == {"NVIDIA H200"}
     assert {sample.kernel_facts["spills"] for sample in found.samples} == {0}
-    runs = records_page.shipped_runs()
+    runs = shipped.shipped_runs()
     cells = [{(s.kv_dtype, s.batch_size, s.context_tokens, s.num_q_heads) for s in run} for run in vars(runs).values()]
     assert [len(cell) for cell in cells] == [27, 27, 45, 12]
     assert cells[0] == cells[1]
@@ -23,7 +23,7 @@ def test_every_shipped_sample_is_one_and_was_gated_spill_free() -> None:
 
 def test_a_calibration_of_one_run_predicts_the_next_and_other_heads() -> None:
     """The bars: median error at most 12% before calibration and 5% after it, here on samples it has not seen."""
-    runs = records_page.shipped_runs()
+    runs = shipped.shipped_runs()
     sheet = records_page.datasheet_predictor(records_page.load_gpu("h200"))
     assert sheet is not None
     assert records_page.off(runs.quick, sheet).median_error <= 0.12
@@ -38,7 +38,7 @@ def test_a_whole_step_is_linear_in_context_and_fp8_halves_its_slope() -> None:
     from kvplan.measure.step_plan import step_lines, step_rows
 
     families = [Family(Shape(32, 8, 128), name) for name in ("bfloat16", "fp8")]
-    lines = step_lines(step_rows(records_page.shipped_steps(), families, None), families)
+    lines = step_lines(step_rows(shipped.shipped_steps(), families, None), families)
     assert all(line.r_squared >= 0.999 for line in lines)
     assert lines[1].slope_ratio is not None
     assert 0.5 <= lines[1].slope_ratio <= 0.53

@@ -69,7 +69,12 @@ def _latent_refusal(model: ModelConfig, fmt: KvFormat, options: EngineOptions) -
     if sm is not None and sm < 90:
         return "sparse latent attention needs compute capability 9.0 or newer"
     if fmt.name == "nvfp4_ds_mla":
-        return None if options.is_sm100_family or sm is None else "the FP4 latent rows need a datacentre Blackwell GPU"
+        on_amd = options.gpu is not None and options.gpu.vendor == "amd"
+        return (
+            None
+            if options.is_sm100_family or (sm is None and not on_amd)
+            else "the FP4 latent rows need a datacentre Blackwell GPU"
+        )
     if fmt.name == "fp8_e4m3" and sm == 90:
         return "on sm90 sparse latent attention takes fp8 or fp8_ds_mla, not fp8_e4m3"
     if fmt.name == "fp8" and sm == 90 and options.kv_cache_dtype == AUTO and _resolved_by_modelopt(model):

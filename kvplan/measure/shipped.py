@@ -1,0 +1,70 @@
+"""The measurements that ship: which samples belong to which run, and the slopes they show."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from kvplan import profiles
+from kvplan.measure.analysis import line_rows
+from kvplan.samples import Sample, read_samples
+
+SAMPLES = "h200-measure-2026-11-23.jsonl"
+STEPS = "h200-steps-2026-11-23.jsonl"
+ROOFLINE_BYTES_PER_S = 4.54e12
+"""Read roofline of the runs, as they printed it."""
+QUICK_CELLS = 27
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The shipped samples by run: quick, the same again, five formats, and the heads of an 8B model."""
+
+    quick: list[Sample]
+    again: list[Sample]
+    formats: list[Sample]
+    small: list[Sample]
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredSlope:
+    """Slope of kvplan's own kernel over context, against its 16-bit one in the same run.
+
+    ``floor`` is what the bytes alone would give, scales included.
+    """
+
+    ratio: float
+    floor: float
+    device: str
+    batch_size: int
+    source: str
+
+
+def shipped_runs() -> Runs:
+    """The samples that ship."""
+    found = read_samples(profiles.ROOT / "measurements" / SAMPLES).samples
+    formats = QUICK_CELLS // 3 * 5
+    cuts = (0, QUICK_CELLS, 2 * QUICK_CELLS, 2 * QUICK_CELLS + formats, len(found))
+    return Runs(*(found[low:high] for low, high in itertools.pairwise(cuts)))
+
+
+def shipped_steps() -> list[dict[str, Any]]:
+    """The records of whole decode steps that ship."""
+    text = (profiles.ROOT / "measurements" / STEPS).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def measured_slopes() -> dict[str, MeasuredSlope]:
+    """KV format → its measured slope at the largest batch of the run of all formats."""
+    samples = shipped_runs().formats
+    device = str(samples[0].environment["device_name"])
+    rows = line_rows(samples, ROOFLINE_BYTES_PER_S)
+    batch = max(row.batch_size for row in rows)
+    source = f"measurements/{SAMPLES}"
+    return {
+        row.kv_dtype: MeasuredSlope(row.slope_ratio, row.floor, device, batch, source)
+        for row in rows
+        if row.batch_size == batch and row.slope_ratio is not None
+    }
