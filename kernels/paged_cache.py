@@ -66,15 +66,16 @@ def block_table(seq_lens: list[int], block_size_tokens: int, device: str, seed: 
     return table.to(device)
 
 
-def _empty(
+def _empty_pair(
     fmt: KvFormat, granularity: str, layout: str, num_pages: int, slots: int, heads: int, dim: int, device: str
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V; a page of K lies beside its page of V, as FlashInfer's and TensorRT-LLM's pools have them."""
     if fmt.element_bits == 16:
         row, dtype = dim, getattr(torch, fmt.torch_dtype)
     else:
         row, dtype = row_bytes(fmt, dim, granularity)[0], torch.uint8
-    shape = (num_pages, heads, slots, row) if layout == "HND" else (num_pages, slots, heads, row)
-    return torch.empty(shape, dtype=dtype, device=device)
+    inner = (heads, slots) if layout == "HND" else (slots, heads)
+    return torch.empty(num_pages, 2, *inner, row, dtype=dtype, device=device).unbind(1)
 
 
 def _fill_random(data: torch.Tensor, fmt: KvFormat, generator: torch.Generator) -> None:
@@ -120,8 +121,7 @@ def random_caches(
     caches = []
     for _ in range(num_layers):
         data, scales = [], []
-        for _ in "kv":
-            x = _empty(fmt, scale_granularity, layout, pages, block_size_tokens, num_kv_heads, head_dim, device)
+        for x in _empty_pair(fmt, scale_granularity, layout, pages, block_size_tokens, num_kv_heads, head_dim, device):
             _fill_random(x, fmt, generator)
             shape = {"token_head": (pages, num_kv_heads, block_size_tokens), "token_head_inline": x.shape[:-1]}.get(
                 scale_granularity, (num_kv_heads,)
@@ -192,7 +192,7 @@ def cache_from_dense(
         block_size_tokens,
         heads,
         dim,
-        *(_empty(fmt, scale_granularity, layout, pages, block_size_tokens, heads, dim, device) for _ in "kv"),
+        *_empty_pair(fmt, scale_granularity, layout, pages, block_size_tokens, heads, dim, device),
         *(torch.zeros(0, device=device) for _ in "kv"),
         table,
         torch.tensor(lengths, dtype=torch.int32, device=device),

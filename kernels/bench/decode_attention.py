@@ -49,7 +49,8 @@ class DecodeCell:
         return torch.float16 if self.kv_dtype == "fp16" else torch.bfloat16
 
 
-def _build(cell: DecodeCell, seq_lens: tuple[int, ...], layers: int, device: str, seed: int):
+def build(cell: DecodeCell, seq_lens: tuple[int, ...], layers: int, device: str, seed: int):
+    """(plan, caches, queries, sinks) for `cell`'s family at `seq_lens`: `layers` disjoint random caches."""
     caches = random_caches(
         list(seq_lens),
         kv_dtype=cell.kv_dtype,
@@ -79,7 +80,7 @@ def _build(cell: DecodeCell, seq_lens: tuple[int, ...], layers: int, device: str
 
 def gate(cell: DecodeCell, *, device: str = "cuda", seed: int = 0, seq_lens: tuple[int, ...] = GATE_LENGTHS) -> dict:
     """Compare the kernel with the float64 reference on `cell`'s family: a record with error and verdict."""
-    plan, caches, q, sinks = _build(cell, seq_lens, 1, device, seed)
+    plan, caches, q, sinks = build(cell, seq_lens, 1, device, seed)
     out = torch.full_like(q, float("nan"))
     plan.run(q, caches[0], out)
     expected = reference(q, caches[0], window_tokens=cell.window_tokens, soft_cap=cell.soft_cap, sinks=sinks)
@@ -99,7 +100,7 @@ def measure(
     cell: DecodeCell, *, layers: int = 2, device: str = "cuda", samples: int = 30, warmup: int = 8, seed: int = 0
 ) -> dict:
     """Time `cell` over `layers` disjoint caches in one graph: a record in SI units with the compiled kernel's facts."""
-    plan, caches, q, _ = _build(cell, cell.seq_lens, layers, device, seed)
+    plan, caches, q, _ = build(cell, cell.seq_lens, layers, device, seed)
     outs = [torch.empty_like(q) for _ in caches]
 
     def call(cache: PagedKvCache, out: torch.Tensor):

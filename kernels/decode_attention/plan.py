@@ -40,7 +40,7 @@ class DecodePlan:
 
     `cache` is any layer's cache (its tensors are only looked at for shapes, strides and dtypes). `num_chunks` fixes the
     number of chunks a KV head is cut into (default: what fills the GPU once). `window_tokens`, `soft_cap` and `sinks`
-    as in the reference. ValueError when the query does not fit the cache.
+    as in the reference. ValueError when the query does not fit the cache, or a layer's cache is 32 GiB or larger.
     """
 
     def __init__(
@@ -63,6 +63,10 @@ class DecodePlan:
         self.batch = cache.block_table.shape[0]
         if self.batch > BATCH_BUCKETS[-1]:
             raise ValueError(f"batch of {self.batch} sequences: at most {BATCH_BUCKETS[-1]}")
+        per_unit = 16 // cache.k.element_size()
+        for data in (cache.k, cache.v):
+            if data.shape[0] * data.stride(0) // per_unit >= 1 << 31:
+                raise ValueError("a layer's cache spans 32 GiB or more: its addresses do not fit the kernel's 32 bits")
         self.device = cache.k.device
         self.arch = architecture(self.device)
         self.group = num_q_heads // cache.num_kv_heads

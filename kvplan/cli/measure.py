@@ -73,7 +73,9 @@ Device = Annotated[
 Compare = Annotated[
     str | None,
     typer.Option(
-        "--compare", help="Time others on the same cells: torch (its own attention).", rich_help_panel=MEASURING
+        "--compare",
+        help="Time others on the same cells: torch (SDPA), flashinfer (XQA), vllm (FlashAttention-3).",
+        rich_help_panel=MEASURING,
     ),
 ]
 Tolerance = Annotated[

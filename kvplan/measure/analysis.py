@@ -79,9 +79,10 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class PeerRow:
-    """Another implementation on a cell of the same sizes; ``speed_ratio`` is its time over ours at 16 bits."""
+    """Another implementation on a cell of the same sizes; ``speed_ratio`` is its time over ours on the same format."""
 
     name: str
+    kv_dtype: str
     shape: str
     batch_size: int
     context_tokens: int
@@ -220,17 +221,18 @@ def compare(rows: Iterable[CellRow], kind: str, source: str) -> Comparison | Non
 
 
 def peer_rows(records: Iterable[dict[str, Any]], samples: Sequence[Sample]) -> list[PeerRow]:
-    """Peers beside our 16-bit cell of the same sizes."""
-    ours = {(shape_of(s), s.batch_size, s.context_tokens): s.latency_s for s in samples if s.kv_dtype == BASE}
+    """Peers beside our cell of the same format and sizes."""
+    ours = {(s.kv_dtype, shape_of(s), s.batch_size, s.context_tokens): s.latency_s for s in samples}
     rows = []
     for r in records:
         shape = Shape(r["num_q_heads"], r["num_kv_heads"], r["head_dim"])
-        base = ours.get((shape, r["batch_size"], r["context_tokens"]))
+        kv_dtype = r.get("kv_dtype", BASE)
+        base = ours.get((kv_dtype, shape, r["batch_size"], r["context_tokens"]))
         rows.append(
-            PeerRow(r["name"], shape.describe(), r["batch_size"], r["context_tokens"], r["latency_s"],
+            PeerRow(r["name"], kv_dtype, shape.describe(), r["batch_size"], r["context_tokens"], r["latency_s"],
                     r["read_bytes"] / r["latency_s"], None if base is None else r["latency_s"] / base)
         )  # fmt: skip
-    return sorted(rows, key=lambda row: (row.shape, row.batch_size, row.context_tokens))
+    return sorted(rows, key=lambda row: (row.shape, row.kv_dtype, row.batch_size, row.context_tokens))
 
 
 def shape_of(sample: Sample) -> Shape:

@@ -150,8 +150,11 @@ class Backend(Protocol):
     def open_step(self, model: StepModel, seed: int) -> StepTimer:
         """Fill the weights of a model; times whole decode steps of it."""
 
-    def time_torch(self, cell: Cell, *, replays: int, seed: int) -> Timed:
-        """Time torch's scaled_dot_product_attention on a dense 16-bit cache of the cell's size."""
+    def peer_missing(self, name: str) -> str | None:
+        """Why the peer ``name`` cannot be timed here; None when it can be tried."""
+
+    def time_peer(self, name: str, cell: Cell, *, replays: int, seed: int) -> Timed:
+        """Time another implementation on a cell: ``torch`` on a dense 16-bit cache, the rest on the cell's own."""
 
 
 class StepTimer(Protocol):

@@ -112,7 +112,11 @@ class CpuBackend:
             caches[0].layout, BLOCK_SIZE_TOKENS, {"name": "torch reference, float32"},
         )  # fmt: skip
 
-    def time_torch(self, cell: Cell, *, replays: int, seed: int) -> Timed:
+    def peer_missing(self, name: str) -> str | None:
+        """Only torch runs on a CPU."""
+        return None if name == "torch" else "it needs a CUDA GPU"
+
+    def time_peer(self, name: str, cell: Cell, *, replays: int, seed: int) -> Timed:
         """Torch's attention in float32: 16-bit is not what CPUs are fast at."""
         from kvplan.measure.torch_peer import dense_calls
 

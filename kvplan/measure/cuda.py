@@ -19,7 +19,7 @@ from kvplan.errors import shorten
 from kvplan.gpu import profile_of_device
 from kvplan.kernels.append_kv import append_kv
 from kvplan.kernels.bench import decode_attention as bench
-from kvplan.kernels.bench import read_roofline
+from kvplan.kernels.bench import peers, read_roofline
 from kvplan.kernels.bench.choose import MEASURED_TOKENS, choose
 from kvplan.kernels.bench.decode_attention import DecodeCell
 from kvplan.kernels.bench.timing import time_calls
@@ -129,8 +129,19 @@ class CudaBackend:
         """The model in bf16."""
         return _CudaStep(model, seed)
 
-    def time_torch(self, cell: Cell, *, replays: int, seed: int) -> Timed:
-        """Torch's attention in bf16."""
+    def peer_missing(self, name: str) -> str | None:
+        """Torch is here; the others where they are installed."""
+        return None if name == "torch" else peers.missing(name)
+
+    def time_peer(self, name: str, cell: Cell, *, replays: int, seed: int) -> Timed:
+        """Torch's attention in bf16 on a dense cache; another's on the blocks that ours reads."""
+        if name != "torch":
+            decode = _decode_cell(cell.family, (cell.context_tokens,) * cell.batch_size)
+            with _guarded():
+                r = peers.measure(name, decode, layers=cell.layers, device=DEVICE, samples=replays, seed=seed)
+            return Timed(float(r["time_s"]), float(r["p10_s"]), float(r["p90_s"]), int(r["samples"]),
+                         int(r["read_bytes"]), r["sm_clock_hz"], LAYOUT, BLOCK_SIZE_TOKENS,
+                         {"version": r["version"], "error": finite(float(r["error"]))})  # fmt: skip
         from kvplan.measure.torch_peer import dense_calls
 
         with _guarded():
@@ -191,7 +202,7 @@ def _guarded() -> Iterator[None]:
         yield
     except torch.cuda.OutOfMemoryError as error:
         raise CellOutOfMemory(shorten(". ".join(str(error).split(". ")[:2]), 120)) from None
-    except (RuntimeError, ValueError, triton.TritonError) as error:
+    except (RuntimeError, ValueError, ImportError, triton.TritonError) as error:
         raise KernelFailure(shorten(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}", 160)) from error
     finally:
         with contextlib.suppress(RuntimeError):

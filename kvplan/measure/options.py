@@ -11,7 +11,8 @@ from kvplan.measure.plan import MeasureRequest, Shape, checked_shape, model_shap
 from kvplan.measure.step_plan import step_model
 
 DEFAULT_KV_DTYPES = ("bf16", "fp8", "fp8_per_token_head")
-PEERS = ("torch",)
+PEERS = {"torch": "torch SDPA", "flashinfer": "FlashInfer XQA", "vllm": "vLLM FlashAttention-3"}
+"""What ``--compare`` can put beside ours, and how it is called in reports."""
 
 
 @dataclass(frozen=True, slots=True)

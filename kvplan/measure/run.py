@@ -28,7 +28,7 @@ from kvplan.measure.backend import (
     Timed,
     open_backend,
 )
-from kvplan.measure.options import Options, resolve_request
+from kvplan.measure.options import PEERS, Options, resolve_request
 from kvplan.measure.plan import (
     BUILD_FACTOR,
     MEMORY_SHARE,
@@ -57,6 +57,7 @@ Say = Callable[[str], None]
 REPLAYS = {"quick": 20, "thorough": 50}
 BUDGET_S = {"quick": 60.0, "thorough": 600.0}
 BASE = "bfloat16"
+PEER_SIZES = ("num_q_heads", "num_kv_heads", "head_dim", "batch_size", "context_tokens")
 
 
 class _Clock:
@@ -151,8 +152,8 @@ class _Run:
         for line in self.corrupt:
             self.say(f"{self.folder.samples_path} line {line.line_number}: {line.reason}; set aside in corrupt.txt")
         self._cells({run_folder.cell_key(sample) for sample in done})
-        if "torch" in self.request.compare:
-            self._peers()
+        for name in self.request.compare:
+            self._peers(name)
         if self.request.step_context_tokens:
             self._steps()
 
@@ -214,27 +215,28 @@ class _Run:
             max_layers=self.backend.defaults.max_layers,
         )
 
-    def _peers(self) -> None:
-        from kvplan.measure.torch_peer import PEER
-
-        done = {(r["num_q_heads"], r["num_kv_heads"], r["head_dim"], r["batch_size"], r["context_tokens"])
+    def _peers(self, name: str) -> None:
+        if reason := self.backend.peer_missing(name):
+            self.skipped.append(Skipped(PEERS[name], reason))
+            return
+        done = {(r["name"], r.get("kv_dtype", BASE), *(r[size] for size in PEER_SIZES))
                 for r in self.folder.records("peers")}  # fmt: skip
+        dtypes = tuple(d for d in (BASE, "fp8") if d in self.request.kv_dtypes and name != "torch") or (BASE,)
         for shape in self.request.shapes:
             if shape.window_tokens is not None:
                 continue
-            dense = replace(self.request, shapes=(shape,), kv_dtypes=(BASE,))
-            cells, skipped = self._planned(dense)
-            self.skipped += [Skipped(f"torch: {item.cell}", item.reason) for item in skipped]
+            cells, skipped = self._planned(replace(self.request, shapes=(shape,), kv_dtypes=dtypes))
+            self.skipped += [Skipped(f"{name}: {item.cell}", item.reason) for item in skipped]
             for cell in cells:
-                sizes = {"num_q_heads": shape.num_q_heads, "num_kv_heads": shape.num_kv_heads,
-                         "head_dim": shape.head_dim, "batch_size": cell.batch_size,
-                         "context_tokens": cell.context_tokens}  # fmt: skip
-                if tuple(sizes.values()) in done:
+                sizes = (shape.num_q_heads, shape.num_kv_heads, shape.head_dim, cell.batch_size, cell.context_tokens)
+                if (PEERS[name], cell.family.kv_dtype, *sizes) in done:
                     continue
-                timed = self._timed(cell, f"torch: {cell.describe()}", partial(self.backend.time_torch, cell))
+                label = f"{name}: {cell.describe()}"
+                timed = self._timed(cell, label, partial(self.backend.time_peer, name, cell), optional=True)
                 if timed is not None:
-                    self.folder.add("peers", {"name": PEER, **sizes, **asdict(timed)})
-                    self.say(f"torch {cell.describe()}: {format_seconds(timed.latency_s)}")
+                    record = {"name": PEERS[name], "kv_dtype": cell.family.kv_dtype}
+                    self.folder.add("peers", {**record, **dict(zip(PEER_SIZES, sizes, strict=True)), **asdict(timed)})
+                    self.say(f"{label}: {format_seconds(timed.latency_s)}")
 
     def _steps(self) -> None:
         model, batch = step_model(self.request.model or ""), max(self.request.batch_sizes)
@@ -265,8 +267,11 @@ class _Run:
                     self.folder.add("steps", {**record, "distinct_layers": layers, **asdict(timed)})
                     self.say(f"{name}: {format_seconds(timed.latency_s)}")
 
-    def _timed(self, cell: Cell, name: str, time_it: Callable[..., Timed]) -> Timed | None:
-        """Time a cell if the budget has room and the memory holds it; None, and listed, otherwise."""
+    def _timed(self, cell: Cell, name: str, time_it: Callable[..., Timed], *, optional: bool = False) -> Timed | None:
+        """Time a cell if the budget has room and the memory holds it; None, and listed, otherwise.
+
+        A kernel of ours that does not run ends the run; an ``optional`` one is listed.
+        """
         replays = REPLAYS[self.request.effort]
         estimate = self.backend.estimate_s(cell, replays)
         if not self.clock.has_room(estimate):
@@ -280,6 +285,9 @@ class _Run:
             self.say(f"{name}: out of memory, skipped")
             return None
         except KernelFailure as error:
+            if optional:
+                self.skipped.append(Skipped(name, str(error)))
+                return None
             raise AnswerIsNo(
                 f"{name}: the kernel did not run: {error}",
                 hint=f"the samples before it are kept in {self.folder.path}",

@@ -1,4 +1,4 @@
-"""torch's own attention on a dense cache of the same size, to stand beside ours in the same run."""
+"""torch's scaled_dot_product_attention, whatever backend it picks, on a dense cache of the same size."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvplan.measure.plan import Cell
-
-PEER = "torch SDPA"
-"""``torch.nn.functional.scaled_dot_product_attention``, whatever backend torch picks."""
 
 
 def dense_calls(

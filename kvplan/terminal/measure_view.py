@@ -110,10 +110,10 @@ def _peers(console: Console, report: MeasureReport) -> None:
     if not report.peers:
         return
     console.print()
-    table = make_table("beside ours", "batch", "context", "measured", "reads at", "ours = 1",
-                       title="Others on the same sizes, 16-bit KV", right=(1, 2, 3, 4, 5), wrap=(0,))  # fmt: skip
+    table = make_table("beside ours", "KV dtype", "batch", "context", "measured", "reads at", "ours = 1",
+                       title="Others on the same sizes and format", right=(2, 3, 4, 5, 6), wrap=(0,))  # fmt: skip
     for row in report.peers:
-        add_row(table, row.name, f"{row.batch_size:,}", format_tokens(row.context_tokens),
+        add_row(table, row.name, row.kv_dtype, f"{row.batch_size:,}", format_tokens(row.context_tokens),
                 format_seconds(row.latency_s), format_bytes_per_s(row.bytes_per_s),
                 format_ratio(row.speed_ratio))  # fmt: skip
     console.print(table)

@@ -5,13 +5,14 @@ more. Everything a cache holds that no token uses is NaN (scales too), so a read
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from kvplan.kernels.configs import Config
 from kvplan.kernels.decode_attention import DecodePlan
-from kvplan.kernels.paged_cache import cache_from_dense
+from kvplan.kernels.paged_cache import cache_from_dense, random_caches
 from kvplan.kernels.reference.decode_attention import decode_attention as reference
 from kvplan.kernels.reference.decode_attention import gather, relative_error
 
@@ -224,3 +225,12 @@ def test_shapes_the_kernel_does_not_read_are_refused_in_one_line():
     other = cache_from_dense([torch.randn(5, 2, 64)], [torch.randn(5, 2, 64)], kv_dtype="bf16", layout="NHD")
     with pytest.raises(ValueError, match="not of the shape"):
         plan.run(torch.randn(1, 4, 64).bfloat16(), other)
+
+
+def test_a_layer_that_32_bit_addresses_cannot_span_is_refused():
+    cache = random_caches([64], kv_dtype="bf16", num_kv_heads=2, head_dim=64, device="cpu")[0]
+    page = cache.k.stride(0)
+    far = torch.empty(0, dtype=torch.bfloat16, device="meta")
+    long = far.as_strided(((1 << 34) // page + 1, *cache.k.shape[1:]), cache.k.stride())
+    with pytest.raises(ValueError, match="32 GiB"):
+        DecodePlan(replace(cache, k=long), num_q_heads=4)

@@ -42,7 +42,7 @@ def test_a_cell_is_timed_and_says_what_ran(backend: CudaBackend) -> None:
 
 
 def test_torch_reads_a_dense_16_bit_cache(backend: CudaBackend) -> None:
-    timed = backend.time_torch(Cell(Family(FAMILY.shape, "bfloat16"), 2, 40), replays=2, seed=0)
+    timed = backend.time_peer("torch", Cell(Family(FAMILY.shape, "bfloat16"), 2, 40), replays=2, seed=0)
     assert timed.latency_s > 0
     assert timed.read_bytes == 2 * 40 * 2 * 64 * 2
 

@@ -111,3 +111,10 @@ def test_a_peer_stands_beside_the_16_bit_cell_of_its_sizes() -> None:
     ours = [sample("bfloat16", 4096, 1e-5), sample("fp8", 4096, 5e-6)]
     assert [row.speed_ratio for row in peer_rows([record], ours)] == pytest.approx([3])
     assert [row.speed_ratio for row in peer_rows([record], ours[1:])] == [None]
+
+
+def test_a_peer_on_fp8_stands_beside_our_fp8_cell() -> None:
+    record = {"name": "vLLM FlashAttention-3", "kv_dtype": "fp8", "num_q_heads": 64, "num_kv_heads": 8, "head_dim": 128,
+              "batch_size": 8, "context_tokens": 4096, "latency_s": 7e-6, "read_bytes": 2**26}  # fmt: skip
+    (row,) = peer_rows([record], [sample("bfloat16", 4096, 1e-5), sample("fp8", 4096, 5e-6)])
+    assert (row.kv_dtype, row.speed_ratio) == ("fp8", pytest.approx(1.4))

@@ -114,6 +114,26 @@ def test_on_a_terminal_it_says_plainly_what_a_cpu_is(run: Cli) -> None:
     assert "[16/16]" in ran.err
 
 
+def test_a_peer_that_is_not_here_is_listed_and_the_run_goes_on(run: Cli) -> None:
+    ran = run(*TINY, "--kv-cache-dtype", "bf16", "--ctx", "32", "-o", "r", "--compare", "flashinfer,torch", "--json")
+    assert ran.code == 0, ran.err
+    assert {"cell": "FlashInfer XQA", "reason": "it needs a CUDA GPU"} in ran.json["skipped"]
+    assert {row["name"] for row in ran.json["peers"]} == {"torch SDPA"}
+
+
+def test_a_peer_that_fails_is_listed_and_the_run_goes_on(run: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: Any, name: str, cell: Any, **options: Any) -> Any:
+        raise KernelFailure("ImportError: nvcc was not found")
+
+    monkeypatch.setattr(CpuBackend, "time_peer", fails)
+    ran = run(
+        *TINY, "--kv-cache-dtype", "bf16", "--ctx", "32", "--batch", "1", "-o", "r", "--compare", "torch", "--json"
+    )
+    assert ran.code == 0, ran.err
+    assert [item["reason"] for item in ran.json["skipped"]] == ["ImportError: nvcc was not found"]
+    assert ran.json["peers"] == []
+
+
 def test_a_broken_kernel_stops_at_its_gate_and_nothing_of_it_is_timed(
     run: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
