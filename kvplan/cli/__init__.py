@@ -8,6 +8,9 @@ import sys
 CLOSED_PIPE = 141
 """Exit code when the reader of stdout went away: 128 + SIGPIPE, what shells report for other programs."""
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 + SIGINT."""
+
 
 def main() -> None:
     """Run the command line; the ``kvplan`` script calls this."""
@@ -18,12 +21,14 @@ def main() -> None:
 
         code = app(standalone_mode=False)
         sys.stdout.flush()
+        if code == INTERRUPTED:  # the option parser catches Ctrl-C and says nothing
+            print("interrupted", file=sys.stderr)
     except KvplanError as error:
         report_error(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(CLOSED_PIPE)
@@ -42,7 +47,7 @@ def _usage_error(error: Exception) -> int:
         return 2
     if kind == "Abort":
         print("interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     if not hasattr(error, "format_message"):
         raise error
     context = getattr(error, "ctx", None)

@@ -40,7 +40,7 @@ class BreakEvenMap:
 
 
 def break_even_map(grid: WhatIf, kv_cache_dtype: str) -> BreakEvenMap | None:
-    """The map of one format; None without times or without 16-bit KV to compare with."""
+    """The map of one format; None without times, without 16-bit KV to compare with, or when nothing fits."""
     by_name = {surface.kv_cache_dtype: surface for surface in grid.surfaces}
     small = by_name.get(kv_cache_dtype)
     base = next((s for s in grid.surfaces if kv_format(s.kv_cache_dtype).key_bits == 16), None)
@@ -48,12 +48,15 @@ def break_even_map(grid: WhatIf, kv_cache_dtype: str) -> BreakEvenMap | None:
         return None
     rows = _thinned(len(grid.users), MAX_ROWS)
     columns = _thinned(len(grid.contexts_tokens), MAX_COLUMNS)
+    cells = tuple(tuple(_cell(grid, small, base, row, column) for column in columns) for row in rows)
+    if all(cell.verdict == "none" for row in cells for cell in row):
+        return None
     return BreakEvenMap(
         kv_cache_dtype=small.kv_cache_dtype,
         baseline=base.kv_cache_dtype,
         users=tuple(grid.users[row] for row in rows),
         contexts_tokens=tuple(grid.contexts_tokens[column] for column in columns),
-        rows=tuple(tuple(_cell(grid, small, base, row, column) for column in columns) for row in rows),
+        rows=cells,
     )
 
 

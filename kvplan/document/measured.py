@@ -106,7 +106,7 @@ def measured_of(run: Run, formats: Sequence[Format]) -> Measured:
     """The run as the report states it: its points on the lines of ``formats``, and why others are not there."""
     served = {fmt.name: fmt.line.served for fmt in formats if fmt.line is not None}
     points: list[MeasuredPoint] = []
-    notes = ["measured with the kernels that kvplan bundles; an engine's own may be slower"]
+    notes = ["Measured with the kernels that kvplan bundles; an engine's own may be slower"]
     if served:
         any_served = next(iter(served.values()))
         points += _whole_steps(run, served, any_served, notes)

@@ -146,7 +146,8 @@ def _gain(small: Precision, base: Precision | None) -> str:
     if small.claimed_gain is not None and small.capacity_gain < small.claimed_gain * 0.995:
         text += f", not the claimed {format_ratio(small.claimed_gain, 0)}"
     scales = f"scales take {format_percent(small.scale_share)}" if small.scale_share else "its scales take nothing here"
-    return f"{text} ({scales}): {users(small.max_users or 0)} instead of {base.max_users or 0:,}."
+    held, before = small.max_users or 0, base.max_users or 0
+    return f"{text} ({scales})." if not held else f"{text} ({scales}): {users(held)} instead of {before:,}."
 
 
 def _slope(small: Precision) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -153,6 +154,23 @@ def test_an_interrupted_fleet_keeps_what_is_done_and_says_so(fleet_file: Path, t
     assert not index["is_complete"]
     assert [entry["name"] for entry in index["entries"]] == ["chat", "<b>code</b> & more"]
     assert "Interrupted" in (out / "index.html").read_text() and (out / "chat.html").exists()
+
+
+def test_ctrl_c_ends_with_130_and_leaves_whole_pages_and_an_index(tmp_path: Path) -> None:
+    lines = [f"  - {{name: d{n}, model: 70b, tp: 4, ctx: {1024 * (n + 1)}}}" for n in range(400)]
+    (tmp_path / "fleet.yaml").write_text("gpu: h200\ndeployments:\n" + "\n".join(lines) + "\n")
+    with subprocess.Popen([KVPLAN, "report", "fleet.yaml", "-o", "out"], cwd=tmp_path, stderr=subprocess.PIPE,
+                          text=True) as process:  # fmt: skip
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("[1/400] d0: Yes")
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.read()
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == "interrupted"
+    pages = list((tmp_path / "out").iterdir())
+    assert 2 <= len(pages) < 400
+    assert all(page.read_text().endswith("</html>\n") for page in pages), "no page is half written"
+    assert "Interrupted" in (tmp_path / "out" / "index.html").read_text()
 
 
 def test_options_of_one_deployment_do_not_mix_with_a_scenario(kvplan_cli: Cli, fleet_file: Path) -> None:

@@ -5,7 +5,7 @@
   const surfaces = grid.surfaces;
   const GIB = 2 ** 30;
   const DASHES = ["solid", "dashed", "dotted", [8, 3, 2, 3], [2, 3], [12, 4]];
-  const SYMBOLS = ["circle", "diamond", "triangle", "rect", "roundRect", "pin"];
+  const SYMBOLS = ["circle", "diamond", "triangle", "rect", "emptyCircle", "emptyDiamond"];
   const MAP_GAIN = 0.02;
   const byId = (id) => document.getElementById(id);
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -145,31 +145,34 @@
     const target = chart("chart-memory");
     if (!target) return;
     const { base, axis, ink, line } = common();
-    const names = ["GPU memory"], offsets = [0], sizes = [], colours = [];
-    const total = data.memory.reduce((sum, s) => sum + s.bytes, 0);
-    sizes.push(total);
-    colours.push(colour("--soft"));
-    let from = total;
+    const names = [], offsets = [], sizes = [], colours = [];
+    let reached = 0;
     for (const s of data.memory) {
-      from -= s.bytes;
       names.push(s.label);
-      offsets.push(Math.min(from, from + s.bytes));
+      offsets.push(Math.min(reached, reached + s.bytes));
       sizes.push(Math.abs(s.bytes));
       colours.push(colour(`--${s.kind}`));
+      reached += s.bytes;
     }
+    const parts = [...data.memory, { label: "GPU memory", bytes: reached, source: "exact", detail: "all of the above" }];
+    names.push("GPU memory");
+    offsets.push(0);
+    sizes.push(reached);
+    colours.push(colour("--soft"));
+    const widest = Math.max(...sizes.map((v, k) => v + offsets[k]));
     target.setOption({
       ...base,
       grid: { left: narrow() ? 112 : 190, right: 84, top: 8, bottom: 44 },
       tooltip: { ...base.tooltip, formatter: (items) => {
-        const i = items[0].dataIndex;
-        return tip(names[i], i === 0 ? [gib(total)] : [size(data.memory[i - 1].bytes), `${data.memory[i - 1].source || "unknown"}: ${data.memory[i - 1].detail}`.slice(0, 120)]);
+        const part = parts[items[0].dataIndex];
+        return tip(part.label, [size(part.bytes), `${part.source || "unknown"}: ${part.detail}`.slice(0, 120)]);
       } },
-      xAxis: { ...axis, type: "value", min: 0, max: Math.max(...sizes), interval: step(Math.max(...sizes) / GIB) * GIB, axisLabel: { ...axis.axisLabel, showMaxLabel: false, formatter: (v) => `${Math.round(v / GIB)}` }, name: "GiB", nameLocation: "middle", nameGap: 26 },
+      xAxis: { ...axis, type: "value", min: 0, max: widest, interval: step(widest / GIB) * GIB, axisLabel: { ...axis.axisLabel, showMaxLabel: false, formatter: (v) => `${Math.round(v / GIB)}` }, name: "GiB", nameLocation: "middle", nameGap: 26 },
       yAxis: { ...axis, type: "category", inverse: true, data: names, axisTick: { show: false }, splitLine: { show: false }, axisLabel: { color: ink, width: narrow() ? 104 : 180, overflow: "break", lineHeight: 13, fontSize: narrow() ? 11 : 12, interval: 0 } },
       series: [
         { type: "bar", stack: "m", silent: true, itemStyle: { color: "transparent" }, data: offsets },
         { type: "bar", stack: "m", barCategoryGap: "28%", data: sizes.map((v, i) => ({ value: v, itemStyle: { color: colours[i], borderColor: line } })),
-          label: { show: true, position: "right", color: ink, formatter: (item) => size(item.dataIndex === 0 ? total : data.memory[item.dataIndex - 1].bytes) } },
+          label: { show: true, position: "right", color: ink, formatter: (item) => size(parts[item.dataIndex].bytes) } },
       ],
     }, true);
   }
@@ -191,24 +194,28 @@
   }
 
   function drawCapacity() {
-    const target = chart("chart-capacity");
+    const some = surfaces.some((s) => s.max_users.some((v) => v > 0));
+    byId("capacity-empty").hidden = some;
+    byId("chart-capacity").hidden = !some;
+    const target = some ? chart("chart-capacity") : null;
     if (!target) return;
     const { base, axis } = common();
     const series = surfaces.map((s, i) => ({
       name: s.kv_cache_dtype, type: "line", symbol: SYMBOLS[i % SYMBOLS.length], symbolSize: 7,
       color: colour(`--s${i % 6 + 1}`), lineStyle: { width: 2, type: DASHES[i % DASHES.length] },
-      data: grid.contexts_tokens.map((c, j) => [c, s.max_users[j] || null]),
+      data: grid.contexts_tokens.map((c, j) => [Math.log2(c), s.max_users[j] || null]),
     }));
     if (series.length) {
-      series[0].markLine = mark(data.chosen.context_tokens, `${short(data.chosen.context_tokens)} asked`, "xAxis");
+      series[0].markLine = mark(Math.log2(data.chosen.context_tokens), `${short(data.chosen.context_tokens)} asked`, "xAxis");
       series[0].markLine.data.push({ yAxis: data.chosen.num_users, label: { formatter: people(data.chosen.num_users), position: "insideStartTop" } });
     }
-    const ends = grid.contexts_tokens;
+    const ends = [grid.contexts_tokens[0], grid.contexts_tokens[grid.contexts_tokens.length - 1]].map(Math.log2);
+    const first = Math.floor(ends[0]), last = Math.ceil(ends[1]);
     target.setOption({
       ...base,
       grid: { left: 58, right: 22, top: 30 + legendHeight(target, surfaces.map((s) => s.kv_cache_dtype)), bottom: 46 },
-      tooltip: { ...base.tooltip, formatter: (items) => tip(`${count(items[0].value[0])} tokens`, items.map((item) => `${item.seriesName}: ${people(item.value[1] || 0)}`)) },
-      xAxis: { ...axis, type: "log", logBase: 2, min: ends[0], max: ends[ends.length - 1], name: "context, tokens", nameLocation: "middle", nameGap: 28, axisLabel: { ...axis.axisLabel, formatter: short } },
+      tooltip: { ...base.tooltip, formatter: (items) => tip(`${count(Math.round(2 ** items[0].value[0]))} tokens`, items.map((item) => `${item.seriesName}: ${people(item.value[1] || 0)}`)) },
+      xAxis: { ...axis, type: "value", min: first, max: last, interval: last - first > (narrow() ? 8 : 14) ? 2 : 1, name: "context, tokens", nameLocation: "middle", nameGap: 28, axisLabel: { ...axis.axisLabel, formatter: (v) => short(2 ** v) } },
       yAxis: { ...axis, type: "log", logBase: 10, min: 1, name: "users", nameGap: 10, axisLabel: { ...axis.axisLabel, formatter: count } },
       series,
     }, true);
