@@ -11,6 +11,7 @@ from kvplan.check.server import ServerReport
 from kvplan.dtypes import canonical_kv_dtype
 from kvplan.errors import InputError, KvplanError, UnknownNameError, shorten
 from kvplan.gpu import profile_of_device
+from kvplan.memory.request import make_request
 from kvplan.model_config import resolve_model
 
 SETTINGS = ("engine_version", "tp_size", "pp_size", "dp_size", "dcp_size", "ep", "block_size_tokens",
@@ -51,6 +52,8 @@ def basis_of(report: ServerReport, given: Mapping[str, Any]) -> Basis:
         InputError: neither the server nor the user names a model that is known.
 
     """
+    checked = make_request(given)
+    given = {name: getattr(checked, name) for name, value in given.items() if value is not None}
     notes: list[str] = []
     options: dict[str, Any] = {"engine": report.engine}
     for name in SETTINGS:
@@ -65,17 +68,15 @@ def basis_of(report: ServerReport, given: Mapping[str, Any]) -> Basis:
     fixed = report.value("kv_cache_given_bytes")
     if fixed is not None:
         options["kv_cache_memory_bytes"] = fixed
-    shape = any(given.get(name) is not None for name in ("num_layers", "num_kv_heads", "head_dim"))
-    if given.get("model") is None and not shape:
+    if not given.keys() & {"model", "num_layers", "num_kv_heads", "head_dim"}:
         options |= _model(report, notes)
-    stated = {name: value for name, value in given.items() if value is not None}
     longest = report.number("max_model_len_tokens")
-    if longest is not None and "max_model_len_tokens" not in stated and (stated.get("context_tokens") or 0) > longest:
-        stated["max_model_len_tokens"] = stated["context_tokens"]
-    options |= stated
+    if longest is not None and "max_model_len_tokens" not in given and given.get("context_tokens", 0) > longest:
+        given["max_model_len_tokens"] = given["context_tokens"]
+    options |= given
     if "block_size_tokens" not in options:
         options |= _block(report, options.get("model"))
-    return Basis(options, stated, tuple(notes))
+    return Basis(options, given, tuple(notes))
 
 
 def _kv_dtype(report: ServerReport, notes: list[str]) -> str | None:

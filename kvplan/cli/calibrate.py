@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvplan.cli import complete
 from kvplan.errors import InputError
 
 if TYPE_CHECKING:
@@ -16,7 +19,12 @@ if TYPE_CHECKING:
 
 def calibrate_command(
     samples: Annotated[Path, typer.Argument(help="CSV, CSV.gz, or JSONL of `kvplan measure`.")],
-    gpu: Annotated[str, typer.Option("--gpu", help="The GPU the samples were measured on (`kvplan gpus`).")],
+    gpu: Annotated[
+        str,
+        typer.Option(
+            "--gpu", help="The GPU the samples were measured on (`kvplan gpus`).", autocompletion=complete.gpus
+        ),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where the calibration goes (JSON).")],
     engine: Annotated[str | None, typer.Option("--engine", help="The engine whose kernels these are.")] = None,
     engine_version: Annotated[str | None, typer.Option("--engine-version", help="Its version.")] = None,
@@ -27,6 +35,9 @@ def calibrate_command(
         Path | None, typer.Option("--predictions", help="CSV of those cases with predicted_s, low_s, high_s.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the calibration and its errors as one object.")
+    ] = False,
 ) -> None:
     """Fit a kernel-level attention calibration from a few samples and predict the rest.
 
@@ -58,10 +69,15 @@ def calibrate_command(
         write_text(predictions, work.predictions_csv(found), force)
     for line in work.refused_lines(points):
         print(line, file=sys.stderr)
-    _show(document, None if found is None else work.errors(found), found)
+    lines = None if found is None else work.errors(found)
+    if as_json:
+        errors = None if lines is None else [asdict(line) for line in lines]
+        sys.stdout.write(json.dumps({"calibration": document, "errors": errors}, indent=2) + "\n")
+    else:
+        _show(document, lines, found)
     for path in (output, predictions):
         if path is not None:
-            print(f"wrote {path}")
+            print(f"wrote {path}", file=sys.stderr)
 
 
 def _show(document: dict[str, object], lines: list[ErrorLine] | None, found: Predictions | None) -> None:

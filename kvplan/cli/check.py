@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from kvplan.cli import options
+from kvplan.cli import complete, options
 from kvplan.errors import InputError, OutOfTolerance
 from kvplan.units import parse_bytes, parse_tokens
 
@@ -46,8 +47,8 @@ Tolerance = Annotated[
 ]
 
 
-def _text(*flags: str, about: str) -> Any:
-    return typer.Option(*flags, help=about, rich_help_panel=PLANNED)
+def _text(*flags: str, about: str, names: Callable[[str], list[str]] | None = None) -> Any:
+    return typer.Option(*flags, help=about, autocompletion=names, rich_help_panel=PLANNED)
 
 
 def _count(*flags: str, about: str) -> Any:
@@ -62,12 +63,16 @@ def check_command(
     ca_file: CaFile = None,
     scenario: Scenario = None,
     model: options.Model = None,
-    gpu: Annotated[str | None, _text("--gpu", about="The GPU; a log may name its memory only.")] = None,
+    gpu: Annotated[
+        str | None, _text("--gpu", about="The GPU; a log may name its memory only.", names=complete.gpus)
+    ] = None,
     gpu_memory: Annotated[str | None, _text("--gpu-memory", about="Memory of one GPU, e.g. 80GiB.")] = None,
     tp: Annotated[int | None, _count("--tp", "--tensor-parallel-size", about="Tensor parallel ranks.")] = None,
     pp: Annotated[int | None, _count("--pp", "--pipeline-parallel-size", about="Pipeline ranks.")] = None,
     dp: Annotated[int | None, _count("--dp", "--data-parallel-size", about="Replicas.")] = None,
-    kv_cache_dtype: Annotated[str | None, _text("--kv-cache-dtype", about="KV format (`kvplan dtypes`).")] = None,
+    kv_cache_dtype: Annotated[
+        str | None, _text("--kv-cache-dtype", about="KV format (`kvplan dtypes`).", names=complete.kv_dtypes)
+    ] = None,
     weight_dtype: options.WeightDtype = None,
     ctx: Annotated[str | None, _text("--ctx", "--context", about="Context every request may have.")] = None,
     batch: Annotated[int | None, _count("--batch", "--batch-size", about="Requests to hold at once.")] = None,
@@ -124,8 +129,11 @@ def check_command(
 
 
 def _scenario(path: Path | None) -> dict[str, Any]:
+    """The fields of a plan in a scenario file; those of a report alone are no part of it."""
     if path is None:
         return {}
+    from kvplan.document.question import ALIASES, OWN_FIELDS
     from kvplan.scenario import one_deployment
 
-    return dict(one_deployment(path).options)
+    fields = one_deployment(path).options.items()
+    return {ALIASES.get(name, name): value for name, value in fields if ALIASES.get(name, name) not in OWN_FIELDS}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvplan.cli import options
+from kvplan.cli import complete, options
 from kvplan.cli.stated import refuse_beside_cases
 from kvplan.errors import InputError, KvplanError, shorten
 from kvplan.units import parse_bytes, parse_tokens
@@ -46,6 +46,7 @@ KvCacheDtype = Annotated[
         "--kv-cache-dtype",
         help="bf16, fp8, fp8_per_token_head … (`kvplan dtypes`), or auto. A list compares. Default: what deployments "
         "of these weights on this engine usually run.",
+        autocompletion=complete.kv_dtypes,
         rich_help_panel=options.MODEL,
     ),
 ]

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from kvplan.cli import options
+from kvplan.cli import complete, options
 from kvplan.cli.size import _named, _sizes
 from kvplan.errors import InputError, OutOfTolerance, shorten
 from kvplan.units import format_percent, parse_tokens
@@ -30,6 +30,7 @@ Formats = Annotated[
         "--kv-cache-dtype",
         help="bf16, fp16, fp8, fp8_e5m2, fp8_per_token_head, int8_per_token_head, fp8:head … "
         "[default: bf16,fp8,fp8_per_token_head]",
+        autocompletion=complete.kv_dtypes,
         rich_help_panel=options.MODEL,
     ),
 ]

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from kvplan.cli import complete
+
 MODEL = "What to serve"
 HARDWARE = "On what"
 ENGINE = "How it is served"
@@ -15,7 +17,14 @@ SHAPE = "A model from flags"
 OUTPUT = "Output"
 
 Model = Annotated[
-    str | None, typer.Option("--model", "-m", help="Name (70b), hub id, folder or config.json.", rich_help_panel=MODEL)
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        help="Name (70b), hub id, folder or config.json.",
+        autocompletion=complete.models,
+        rich_help_panel=MODEL,
+    ),
 ]
 Context = Annotated[
     str | None,
@@ -35,6 +44,7 @@ KvCacheDtype = Annotated[
         "--kv-cache-dtype",
         help="auto, bf16, fp8, fp8_per_token_head, int8_per_token_head, int4_per_token_head, "
         "nvfp4 … (`kvplan dtypes`). A list sweeps.",
+        autocompletion=complete.kv_dtypes,
         rich_help_panel=MODEL,
     ),
 ]
@@ -43,6 +53,7 @@ WeightDtype = Annotated[
     typer.Option(
         "--weight-dtype",
         help="bf16, fp8, fp8_block, int4, nvfp4, mxfp4; default from the checkpoint.",
+        autocompletion=complete.weight_dtypes,
         rich_help_panel=MODEL,
     ),
 ]
@@ -51,6 +62,7 @@ Gpu = Annotated[
     typer.Option(
         "--gpu",
         help="GPU (`kvplan gpus`), or local. Without it: what each GPU could hold. A list sweeps.",
+        autocompletion=complete.gpus,
         rich_help_panel=HARDWARE,
     ),
 ]
@@ -99,6 +111,7 @@ Engine = Annotated[
     typer.Option(
         "--engine",
         help="vllm (exact), sglang or tensorrt-llm (approximations), generic (arithmetic).",
+        autocompletion=complete.engines,
         rich_help_panel=ENGINE,
     ),
 ]

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from kvplan import profiles
+from kvplan.cli import complete
 from kvplan.errors import UnknownNameError
 
 JSON = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -48,7 +49,10 @@ def profiles_command(context: typer.Context, as_json: JSON = False) -> None:
 
 @profiles_app.command("show")
 def show_command(
-    name: Annotated[str, typer.Argument(help="A calibration of `kvplan profiles`.")], as_json: JSON = False
+    name: Annotated[
+        str, typer.Argument(help="A calibration of `kvplan profiles`.", autocompletion=complete.calibrations)
+    ],
+    as_json: JSON = False,
 ) -> None:
     """Explain one calibration: what was fitted, from what, how good it is, and where it holds."""
     from kvplan.calibration import store

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvplan.cli import options
+from kvplan.cli import complete, options
 from kvplan.errors import AnswerIsNo, InputError, shorten
 from kvplan.units import format_bytes, parse_bytes, parse_tokens
 
@@ -32,7 +32,12 @@ Users = Annotated[
 ]
 KvCacheDtype = Annotated[
     str,
-    typer.Option("--kv-cache-dtype", help="The KV format in use (`kvplan dtypes`).", rich_help_panel=options.MODEL),
+    typer.Option(
+        "--kv-cache-dtype",
+        help="The KV format in use (`kvplan dtypes`).",
+        autocompletion=complete.kv_dtypes,
+        rich_help_panel=options.MODEL,
+    ),
 ]
 Compare = Annotated[
     str | None,
@@ -44,7 +49,10 @@ Compare = Annotated[
     ),
 ]
 Gpu = Annotated[
-    str | None, typer.Option("--gpu", help="GPU (`kvplan gpus`), or local.", rich_help_panel=options.HARDWARE)
+    str | None,
+    typer.Option(
+        "--gpu", help="GPU (`kvplan gpus`), or local.", autocompletion=complete.gpus, rich_help_panel=options.HARDWARE
+    ),
 ]
 TensorParallel = Annotated[
     int,

@@ -242,7 +242,7 @@ def test_the_command_ends_with_the_documented_exit_codes(kvplan_cli: Callable[..
 
 def test_a_scenario_states_what_was_planned(kvplan_cli: Callable[..., Ran], tmp_path: Path) -> None:
     scenario = tmp_path / "chat.yaml"
-    scenario.write_text("model: llama-3.1-8b\ngpu: h100\ntp_size: 1\nkv_cache_dtype: fp8\n")
+    scenario.write_text("model: 8b\ngpu: h100\ntp: 1\nctx: 32k\nkv_cache_dtype: fp8\ncompare: bf16,fp8\n")
     with serving(server()) as url:
         done = kvplan_cli("check", "--url", url, "--scenario", str(scenario))
     assert done.code == 3
