@@ -43,7 +43,7 @@ Compare = Annotated[
     str | None,
     typer.Option(
         "--compare",
-        help="KV formats to set beside it.  [default: the model's 16 bits and the usual FP8 formats]",
+        help="KV formats to set beside it; else the model's 16 bits and the usual FP8 formats.",
         rich_help_panel=options.MODEL,
         show_default=False,
     ),
@@ -226,7 +226,7 @@ def _refuse_mixture(scenario: Path, request: dict[str, Any]) -> None:
 def _fleet(scenario: Path, output: list[Path], formats: str, date: str | None, force: bool, as_json: bool, check: bool
            ) -> None:  # fmt: skip
     from kvplan.api import fleet
-    from kvplan.document.fleet import FORMATS
+    from kvplan.document.fleet import FORMATS, SUFFIXES
 
     words = [word.strip() for word in formats.split(",") if word.strip()]
     if not words or not set(words) <= set(FORMATS):
@@ -236,7 +236,7 @@ def _fleet(scenario: Path, output: list[Path], formats: str, date: str | None, f
     if not output and not as_json:
         raise InputError("a scenario needs a folder for its pages", hint="add -o out/")
     folder = output[0] if output else None
-    if folder is not None and folder.exists() and not folder.is_dir():
+    if folder is not None and (folder.suffix.lower() in SUFFIXES or (folder.exists() and not folder.is_dir())):
         raise InputError(f"{folder} is not a folder", hint="a scenario goes into a folder: -o out/")
     found = fleet(scenario, folder, formats=words, date=date, force=force, progress=_progress)
     if folder is not None:
@@ -259,5 +259,6 @@ def _judge(found: Fleet, check: bool) -> None:
 
 
 def _progress(number: int, total: int, entry: FleetEntry) -> None:
-    said = entry.headline or f"not planned: {entry.problem}"
+    hint = f" ({entry.hint})" if entry.hint else ""
+    said = entry.headline or f"not planned: {entry.problem}{hint}"
     print(f"[{number}/{total}] {shorten(entry.name, 40)}: {said}", file=sys.stderr)

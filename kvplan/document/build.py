@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import kvplan
@@ -16,8 +17,8 @@ from kvplan.document.provenance import audit_of, fingerprints_of
 from kvplan.document.question import Question, make_question, with_lengths
 from kvplan.document.schema import Report
 from kvplan.document.surfaces import contexts_of, users_of, what_if
-from kvplan.dtypes import kv_format
-from kvplan.errors import InputError
+from kvplan.dtypes import AUTO, canonical_kv_dtype, kv_format
+from kvplan.errors import InputError, KvplanError, UnsupportedError
 from kvplan.latency.kv import attention_calibration
 from kvplan.latency.plan import ItlPlan
 from kvplan.latency.planner import plan_points
@@ -40,8 +41,7 @@ def build(options: Mapping[str, Any]) -> Report:
         KvplanError: the question cannot be understood, the engine refuses the deployment, or a file cannot be read.
 
     """
-    question = make_question(options)
-    plan = size(question.size)
+    question, plan = _planned(make_question(options))
     setup = set_up(question.size)
     question = with_lengths(question, setup.context_tokens)
     cache = cache_plan(setup)
@@ -57,6 +57,25 @@ def build(options: Mapping[str, Any]) -> Report:
     return _report(question, plan, setup, cache, formats, run)
 
 
+def _planned(question: Question) -> tuple[Question, SizePlan]:
+    """The plan; where the engine refuses the KV format, that of the model's default, and the question says so.
+
+    Raises:
+        KvplanError: the request cannot be planned with any KV format.
+
+    """
+    try:
+        return question, size(question.size)
+    except UnsupportedError as error:
+        asked = canonical_kv_dtype(question.size.kv_cache_dtype)
+        fallback = replace(question.size, kv_cache_dtype=AUTO)
+        try:
+            plan = size(fallback)
+        except KvplanError:
+            raise error from None
+        return replace(question, size=fallback, refused=asked, refusal=error.message), plan
+
+
 def _report(question: Question, plan: SizePlan, setup: Setup, cache: CachePlan, formats: list[Format], run: Run | None
             ) -> Report:  # fmt: skip
     room = max(plan.memory.kv_cache_bytes or 0, 0)
@@ -66,7 +85,10 @@ def _report(question: Question, plan: SizePlan, setup: Setup, cache: CachePlan, 
     precisions = precisions_of(formats, ratios)
     deployment = _deployment(question, plan, setup, cache, line.plans[0] if line is not None else None)
     answers = _answers(question, plan, setup, deployment, chosen)
-    answers = answers.model_copy(update={"sentences": words.answer_sentences(deployment, answers)})
+    said = words.answer_sentences(deployment, answers)
+    if question.refused is not None:
+        said.insert(0, words.instead_of(question.refused, deployment, bool(plan.fits), answers))
+    answers = answers.model_copy(update={"sentences": said})
     kernels = kernel_ratios(setup)
     measured = None if run is None else measured_of(run, formats)
     counts = [] if measured is None else sorted({point.num_users for point in measured.points})
@@ -89,7 +111,7 @@ def _report(question: Question, plan: SizePlan, setup: Setup, cache: CachePlan, 
         kernels=kernels,
         memory=segments,
         waste=waste_of(setup, cache, plan, segments),
-        launch=launches_of(setup, cache.version, deployment.kv_cache_dtype, limit, fits=answers.fits),
+        launch=launches_of(setup, cache.version, deployment.kv_cache_dtype, limit, fits=bool(plan.fits)),
         what_if=what_if(question, setup, formats, room, axes),
         measured=measured,
         advice=[Advice(code=item.code, message=item.message) for item in plan.advice],
@@ -166,8 +188,10 @@ def _answers(
     problem = chosen.problem if chosen is not None else None
     point = None if line is None else line.plans[0]
     return Answers(
-        fits=bool(plan.fits),
-        headline=words.headline(deployment, bool(plan.fits), held, kv),
+        fits=bool(plan.fits) and question.refused is None,
+        headline=words.headline(deployment, bool(plan.fits), held, kv)
+        if question.refusal is None
+        else f"No: {question.refusal}.",
         sentences=[],
         max_users=held,
         max_context_tokens=answers.max_context_at_batch_tokens,

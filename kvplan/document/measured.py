@@ -44,7 +44,8 @@ def read_run(path: Path, gpu_name: str) -> Run:
     try:
         environment = json.loads((path / "environment.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} is no run of kvplan measure (environment.json: {type(error).__name__})",
+        why = error.strerror if isinstance(error, OSError) else "not JSON"
+        raise InputError(f"{path} is no run of kvplan measure (environment.json: {why})",
                          hint="--measured takes the folder that `kvplan measure -o` wrote") from error  # fmt: skip
     gpu = environment.get("gpu") if isinstance(environment, dict) else None
     if gpu != gpu_name:

@@ -72,8 +72,7 @@ def _names(question: Question, setup: Setup, chosen: str) -> list[str]:
     names = list(question.compare) or [name for name in usual if name in USUAL or name == chosen]
     if not any(kv_format(name).key_bits == 16 for name in names):
         names.insert(0, usual[0])
-    if chosen not in names:
-        names.append(chosen)
+    names += [name for name in (chosen, question.refused) if name is not None and name not in names]
     return sorted(names, key=lambda name: -kv_format(name).key_bits)
 
 

@@ -43,6 +43,8 @@ class Question:
         calibration: an attention calibration file.
         name: what the deployment is called; None is the model's name.
         inputs: what was asked, as asked.
+        refused: a KV format that was asked for and that the engine refuses; ``size`` then has the model's default.
+        refusal: the engine's reason.
 
     """
 
@@ -56,6 +58,8 @@ class Question:
     calibration: str | None
     date: str
     inputs: Mapping[str, Any]
+    refused: str | None = None
+    refusal: str | None = None
 
 
 def make_question(options: Mapping[str, Any]) -> Question:

@@ -213,6 +213,22 @@ def test_a_precision_that_the_gpu_refuses_is_listed_with_the_reason() -> None:
     assert report.fp8_sentences == [f"No smaller KV format can be used here (nvfp4: {row.forbidden})."]
 
 
+def test_no_because_the_engine_refuses_the_precision_and_what_there_is_instead() -> None:
+    report = kvplan.report(model="70b", gpu="h100", tp_size=4, context_tokens="8k", concurrency=8,
+                           kv_cache_dtype="nvfp4", date=DATE)  # fmt: skip
+    assert not report.answers.fits
+    assert report.answers.headline.startswith("No: vLLM refuses --kv-cache-dtype nvfp4: NVFP4 KV needs a datacentre")
+    assert "With bfloat16 KV in place of nvfp4" in report.answers.sentences[0]
+    assert report.deployment.kv_cache_dtype == "bfloat16"
+    assert [row.kv_cache_dtype for row in report.precisions if row.forbidden] == ["nvfp4"]
+    assert report.answers.now is not None, "bfloat16 fits, so its times are known"
+
+
+def test_what_no_precision_can_mend_is_an_error() -> None:
+    with pytest.raises(KvplanError, match="does not divide by --tp 8"):
+        kvplan.report(model="qwen2.5-7b", gpu="h100", tp_size=8, kv_cache_dtype="fp8", context_tokens="8k")
+
+
 def test_times_that_nothing_was_measured_for_say_so() -> None:
     report = kvplan.report(model="gpt-oss-120b", gpu="mi300x", engine="sglang", context_tokens="8k", date=DATE)
     assert report.answers.basis.source == "assumed"

@@ -178,6 +178,12 @@ def test_options_of_one_deployment_do_not_mix_with_a_scenario(kvplan_cli: Cli, f
     assert done.code == 2 and "tp_size are both given" in done.err
 
 
+def test_a_scenario_goes_into_a_folder_and_not_a_file(kvplan_cli: Cli, fleet_file: Path, tmp_path: Path) -> None:
+    done = kvplan_cli("report", str(fleet_file), "-o", str(tmp_path / "fleet.html"))
+    assert done.code == 2 and "is not a folder" in done.err
+    assert not (tmp_path / "fleet.html").exists()
+
+
 def test_a_toml_scenario_reads_the_same(kvplan_cli: Cli, tmp_path: Path) -> None:
     path = tmp_path / "fleet.toml"
     path.write_text('gpu = "h200"\n[[deployments]]\nname = "chat"\nmodel = "8b"\nctx = "8k"\nconcurrency = 4\n')
