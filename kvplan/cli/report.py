@@ -44,6 +44,7 @@ Compare = Annotated[
     typer.Option(
         "--compare",
         help="KV formats to set beside it; else the model's 16 bits and the usual FP8 formats.",
+        autocompletion=complete.kv_dtypes,
         rich_help_panel=options.MODEL,
         show_default=False,
     ),
@@ -51,7 +52,10 @@ Compare = Annotated[
 Gpu = Annotated[
     str | None,
     typer.Option(
-        "--gpu", help="GPU (`kvplan gpus`), or local.", autocompletion=complete.gpus, rich_help_panel=options.HARDWARE
+        "--gpu",
+        help="GPU (`kvplan gpus`), or local.",
+        autocompletion=complete.gpus,
+        rich_help_panel=options.HARDWARE,
     ),
 ]
 TensorParallel = Annotated[
