@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from kvplan import profiles
 from kvplan.document.parts import Launch
 from kvplan.dtypes import kv_format
+from kvplan.memory.cache_plan import CachePlan
 from kvplan.memory.engines import ENGINES
 from kvplan.memory.setup import Setup
 
@@ -27,30 +28,21 @@ SOURCES = {
 }
 
 
-def launches_of(
-    setup: Setup, version: str, kv_dtype: str, users_per_replica: int | None, *, fits: bool
-) -> list[Launch]:
-    """A command for each engine, the planned one first.
-
-    Args:
-        setup: the deployment.
-        version: of the planned engine's rules.
-        kv_dtype: the KV format in use, ``auto`` resolved.
-        users_per_replica: the limit on running requests, when a number of users was asked for and fits.
-        fits: whether the plan does; a note says so when not.
-
-    """
+def launches_of(setup: Setup, cache: CachePlan, *, fits: bool) -> list[Launch]:
+    """A command for each engine, the planned one first; a note says so when the plan does not fit."""
+    asked_for_users = fits and setup.request.batch_size is not None
+    users = setup.batch_per_replica if asked_for_users else None
     makers = {"vllm": _vllm, "sglang": _sglang, "tensorrt-llm": _tensorrt_llm}
     planned = setup.engine.name
     names = sorted(makers, key=lambda name: name != planned)
     found = []
     for name in names:
-        command, notes = makers[name](setup, kv_dtype, users_per_replica)
+        command, notes = makers[name](setup, cache.kv_cache_dtype, users)
         if name != planned:
             notes.append("planned for another engine: this one manages memory by its own rules, so capacity differs")
         elif not fits:
             notes.append("this plan does not fit: see the answer for what would")
-        shown = version if name == planned else ENGINES[name].version
+        shown = cache.version if name == planned else ENGINES[name].version
         found.append(Launch(engine=name, version=shown, command=command, notes=notes, source=SOURCES[name]))
     return found
 

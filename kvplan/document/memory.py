@@ -6,10 +6,10 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from kvplan.document.parts import Segment, SegmentKind, Waste
+from kvplan.document.plans import Plans
 from kvplan.errors import KvplanError
 from kvplan.memory.cache_plan import CachePlan
-from kvplan.memory.ledger import LABELS
-from kvplan.memory.plan import SizePlan
+from kvplan.memory.ledger import LABELS, waste_ledger
 from kvplan.memory.setup import Setup, budget_of, cache_plan, set_up, weights_of
 from kvplan.units import format_count, format_tokens
 
@@ -38,15 +38,9 @@ TERMS: tuple[tuple[str, str, str, SegmentKind], ...] = (
 WASTED = ("replicated", "page_padding", "group_padding", "rounding", "state_copies", "null_block", "remainder")
 
 
-def segments_of(plan: SizePlan, lines: dict[str, int]) -> list[Segment]:
-    """One GPU's memory from weights to headroom; the segments add up to the whole.
-
-    Args:
-        plan: the sizing plan.
-        lines: the waste ledger at the users asked for, or at as many as fit; empty when no memory is left for KV.
-
-    """
-    memory = plan.memory
+def segments_of(plans: Plans) -> list[Segment]:
+    """One GPU's memory from weights to headroom, at the users asked for or as many as fit; it adds up to the whole."""
+    memory, lines = plans.size.memory, _ledger(plans)
     total = memory.total_bytes or 0
     found = []
     for key, name, label, kind in TERMS:
@@ -65,6 +59,14 @@ def segments_of(plan: SizePlan, lines: dict[str, int]) -> list[Segment]:
     short = Segment(name="short", label="more than the GPU has", kind="short", bytes=left, source="assumed",
                     detail="the terms above exceed the GPU's memory", override="--tp, --weight-dtype")  # fmt: skip
     return [*found, short]
+
+
+def _ledger(plans: Plans) -> dict[str, int]:
+    if plans.room_bytes <= 0:
+        return {}
+    setup, context = plans.setup, plans.setup.context_tokens
+    held = min(plans.cache.max_batch(plans.room_bytes, context), setup.batch_per_replica)
+    return waste_ledger(plans.cache, plans.room_bytes, context, held).lines
 
 
 def _kv_segments(lines: dict[str, int]) -> list[Segment]:
@@ -88,15 +90,15 @@ class Remedy(NamedTuple):
     edits: dict[str, Any]
 
 
-def waste_of(setup: Setup, cache: CachePlan, plan: SizePlan, segments: list[Segment]) -> list[Waste]:
+def waste_of(plans: Plans, segments: list[Segment]) -> list[Waste]:
     """The waste ledger, largest first: every line with bytes in it, its remedy and the users that adds."""
-    total = plan.memory.total_bytes or 1
+    setup, plan = plans.setup, plans.size
     lines = [(line.name, line.label, line.bytes) for line in plan.ledger if line.name not in ("live", "scales")]
     reserve = next((segment for segment in segments if segment.name == "reserve"), None)
     if reserve is not None and setup.engine.fraction_of != "free" and setup.request.kv_cache_memory_bytes is None:
         lines.append(("reserve", reserve.label, reserve.bytes))
-    now = Holds.of(setup, cache, plan.memory.kv_cache_bytes or 0)
-    found = [_line(setup, cache, plan, now, total, line) for line in lines if line[2] > 0]
+    now = Holds.of(setup, plans.cache, plans.room_bytes)
+    found = [_line(plans, now, line) for line in lines if line[2] > 0]
     return sorted(found, key=lambda waste: -waste.bytes)
 
 
@@ -114,14 +116,14 @@ class Holds(NamedTuple):
         return cls(cache.max_batch(room, setup.context_tokens) * replicas, replicas * room / needed)
 
 
-def _line(setup: Setup, cache: CachePlan, plan: SizePlan, now: Holds, total: int, line: tuple[str, str, int]) -> Waste:
+def _line(plans: Plans, now: Holds, line: tuple[str, str, int]) -> Waste:
     name, label, size = line
-    share = size / total
+    share = size / (plans.size.memory.total_bytes or 1)
     if name == "unused":
-        return _unused(setup, cache, plan, size, share)
+        return _unused(plans, size, share)
     best: tuple[Holds, str] | None = None
-    for remedy in _remedies(setup, cache, name):
-        then = _holds_with(setup, remedy.edits)
+    for remedy in _remedies(plans.setup, plans.cache, name):
+        then = _holds_with(plans.setup, remedy.edits)
         if then is not None and then.fractional > now.fractional * WORTH and (best is None or then > best[0]):
             best = (then, remedy.words)
     note = NO_REMEDY.get(name, "")
@@ -133,9 +135,10 @@ def _line(setup: Setup, cache: CachePlan, plan: SizePlan, now: Holds, total: int
                  wins_capacity=gain, note=note)  # fmt: skip
 
 
-def _unused(setup: Setup, cache: CachePlan, plan: SizePlan, size: int, share: float) -> Waste:
+def _unused(plans: Plans, size: int, share: float) -> Waste:
     """Free blocks: room for more users, or for more context of those there are."""
-    available, users = max(plan.memory.kv_cache_bytes or 0, 0), plan.ledger_requests or 0
+    setup, cache, available = plans.setup, plans.cache, plans.room_bytes
+    users = plans.size.ledger_requests or 0
     more = cache.max_batch(available, setup.context_tokens) - users
     label = LABELS["unused"]
     if more > 0:

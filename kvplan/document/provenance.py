@@ -9,28 +9,29 @@ from pathlib import Path
 from kvplan import profiles
 from kvplan.calibration import store
 from kvplan.document.parts import Answers, Figure, Fingerprint, Precision
-from kvplan.document.precisions import Format
+from kvplan.document.plans import Plans
 from kvplan.document.question import Question
 from kvplan.document.words import seconds, users
 from kvplan.errors import InputError
-from kvplan.latency.lines import traffic_of
+from kvplan.gpu import GpuSpec
+from kvplan.latency.lines import ItlLine, traffic_of
 from kvplan.latency.plan import DEFINITIONS
 from kvplan.latency.planner import plan_points
 from kvplan.latency.request import Point
+from kvplan.memory.explain import explained
 from kvplan.memory.plan import SizePlan
-from kvplan.memory.setup import Setup
 from kvplan.units import format_bytes, format_bytes_per_s, format_percent, format_ratio, format_tokens
 
 
-def audit_of(plan: SizePlan, setup: Setup, answers: Answers, precisions: Sequence[Precision],
-             formats: Sequence[Format]) -> list[Figure]:  # fmt: skip
+def audit_of(plans: Plans, answers: Answers, precisions: Sequence[Precision]) -> list[Figure]:
     """Every figure: memory terms, the rules of the cache, precisions, times."""
+    plan = explained(plans.size)
     return [
         *_memory(plan),
         *_cache(plan),
         *_precisions(precisions),
-        *_hardware(setup),
-        *_latency(answers, formats),
+        *_hardware(plans.gpu),
+        *_latency(answers, plans.line),
     ]
 
 
@@ -80,9 +81,8 @@ def _precisions(precisions: Sequence[Precision]) -> list[Figure]:
     return found
 
 
-def _hardware(setup: Setup) -> list[Figure]:
-    gpu = setup.gpu
-    if gpu is None or gpu.memory_bandwidth_bytes_per_s is None:
+def _hardware(gpu: GpuSpec) -> list[Figure]:
+    if gpu.memory_bandwidth_bytes_per_s is None:
         return []
     fact = gpu.facts.get("memory_bandwidth_bytes_per_s", {})
     source = f"{fact.get('source', 'GPU profile')} {fact.get('date', fact.get('retrieved', ''))}".strip()
@@ -90,8 +90,7 @@ def _hardware(setup: Setup) -> list[Figure]:
                     source, "peak of the datasheet")]  # fmt: skip
 
 
-def _latency(answers: Answers, formats: Sequence[Format]) -> list[Figure]:
-    line = next((fmt.line for fmt in formats if fmt.is_chosen), None)
+def _latency(answers: Answers, line: ItlLine | None) -> list[Figure]:
     basis, at = answers.basis, answers.now or answers.limit
     if line is None or at is None:
         return []
@@ -126,8 +125,9 @@ def _shown(name: str) -> str:
     return {"itl_s": "ITL", "tpot_s": "TPOT", "ttft_s": "TTFT"}.get(name, name.removesuffix("_s").replace("_", " "))
 
 
-def fingerprints_of(question: Question, setup: Setup, *, has_times: bool) -> list[Fingerprint]:
+def fingerprints_of(plans: Plans) -> list[Fingerprint]:
     """SHA-256 of every file that the numbers rest on: profiles, config, calibrations, samples."""
+    question, gpu = plans.question, plans.gpu
     files: list[tuple[str, str, Path]] = []
     name = profiles.find("models", question.size.model or "")
     path = Path(question.size.model or "").expanduser()
@@ -137,22 +137,21 @@ def fingerprints_of(question: Question, setup: Setup, *, has_times: bool) -> lis
         files.append(("model config", str(question.size.model), path))
     elif name is not None:
         files.append(("model profile", name, profiles.ROOT / "models" / f"{name}.json"))
-    if setup.gpu is not None and setup.gpu.name in profiles.names("gpus"):
-        files.append(("GPU profile", setup.gpu.name, profiles.ROOT / "gpus" / f"{setup.gpu.name}.json"))
-    if has_times:
-        files += _calibrations(question, setup)
+    if gpu.name in profiles.names("gpus"):
+        files.append(("GPU profile", gpu.name, profiles.ROOT / "gpus" / f"{gpu.name}.json"))
+    if plans.line is not None:
+        files += _calibrations(question, gpu, plans.setup.engine.name)
     if question.measured is not None:
         files += [("measurement", f"{question.measured.name}/{file}", question.measured / file)
                   for file in ("samples.jsonl", "steps.jsonl") if (question.measured / file).is_file()]  # fmt: skip
     return [Fingerprint(kind=kind, name=shown, sha256=_sha256(file)) for kind, shown, file in files]
 
 
-def _calibrations(question: Question, setup: Setup) -> list[tuple[str, str, Path]]:
+def _calibrations(question: Question, gpu: GpuSpec, engine: str) -> list[tuple[str, str, Path]]:
     found = [("calibration", "serving", profiles.ROOT / "calibrations" / "serving.json")]
     if question.calibration is not None:
         return [*found, ("calibration", question.calibration, Path(question.calibration))]
-    assert setup.gpu is not None
-    kernel = store.find("attention", setup.gpu.name, setup.engine.name)
+    kernel = store.find("attention", gpu.name, engine)
     if kernel is not None:
         shipped = profiles.ROOT / "calibrations" / f"{kernel.name}.json"
         found.append(("calibration", kernel.name, shipped if kernel.origin == store.SHIPPED else Path(kernel.where)))

@@ -39,10 +39,9 @@ def headline(deployment: Deployment, fits: bool, max_users: int, kv_bytes: int) 
     return f"Yes: {d.model} serves {users(d.num_users)} at {at} each {on}{room}."
 
 
-def instead_of(refused: str, deployment: Deployment, fits: bool, answers: Answers) -> str:
-    """What a report is about whose KV format is refused: the format the model gets by default."""
-    answer = headline(deployment, fits, answers.max_users, answers.kv_cache_bytes or 0)
-    return f"With {deployment.kv_cache_dtype} KV in place of {refused}, which all below is about: {answer}"
+def instead_of(refused: str, deployment: Deployment, instead: str) -> str:
+    """What a report is about whose KV format is refused: the format the model gets by default, and its headline."""
+    return f"With {deployment.kv_cache_dtype} KV in place of {refused}, which all below is about: {instead}"
 
 
 def answer_sentences(deployment: Deployment, answers: Answers) -> list[str]:
