@@ -37,8 +37,8 @@ def markdown_text(value: object) -> str:
 
 
 def code_span(value: object) -> Markup:
-    """``value`` as a Markdown code span that no backtick in it can end, nor a ``|`` cut."""
-    text = " ".join(str(value).split()).replace("|", "\\|")
+    """``value`` as a Markdown code span that no backtick in it can end; not for tables, which ``|`` would cut."""
+    text = " ".join(str(value).split())
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * (longest + 1)
     pad = " " if longest else ""
