@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from kvplan.advice import advise
 from kvplan.dtypes import KV_FORMATS, kv_format
@@ -121,11 +122,13 @@ def _format_row(setup: Setup, name: str, plan: CachePlan, available: int | None,
 def smallest_on_each_gpu(setup: Setup) -> tuple[GpuRow, ...]:
     """For every bundled GPU, the fewest that hold the weights and the KV asked for, as TP and replicas."""
     weights: dict[int, WeightBytes | None] = {}
-    return tuple(_fewest(setup, name, weights) for name in gpu_names())
+    plans: dict[Any, CachePlan] = {}
+    return tuple(_fewest(setup, name, weights, plans) for name in gpu_names())
 
 
-def _fewest(setup: Setup, name: str, weights: dict[int, WeightBytes | None]) -> GpuRow:
-    """One row; ``weights`` remembers the weights at each TP size, which do not depend on the GPU.
+def _fewest(setup: Setup, name: str, weights: dict[int, WeightBytes | None], plans: dict[Any, CachePlan]) -> GpuRow:
+    """One row; ``weights`` remembers the weights at each TP size, which do not depend on the GPU, and ``plans`` the
+    caches, which depend on its vendor and architecture only.
 
     Each TP size takes as many replicas as the batch needs; the fewest GPUs win, and among equals the larger TP.
     """
@@ -134,10 +137,13 @@ def _fewest(setup: Setup, name: str, weights: dict[int, WeightBytes | None]) -> 
     reason = f"one request does not fit on {TP_SIZES[-1]} GPUs"
     best: GpuRow | None = None
     for tp in TP_SIZES:
+        if best is not None and tp * setup.request.pp_size > (best.num_gpus or 0):
+            break  # more GPUs with one replica already
         request = replace(setup.request, gpu=name, tp_size=tp, dp_size=1, gpu_memory_bytes=None)
         try:
             candidate = set_up(request)
-            plan = cache_plan(candidate)
+            key = (gpu.vendor, gpu.architecture, replace(candidate.options, gpu=None))
+            plan = plans.get(key) or plans.setdefault(key, cache_plan(candidate))
         except UnsupportedError as error:
             reason = _short_reason(error)
             continue

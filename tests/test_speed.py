@@ -13,30 +13,35 @@ import pytest
 
 BASELINE = [sys.executable, "-c", "import typer, pydantic, rich, numpy"]
 KVPLAN = str(Path(sys.executable).parent / "kvplan")
+LOG = Path(__file__).parent / "check" / "logs" / "vllm-0.31-llama-3.1-8b-a100.log"
 ALLOWED_RATIO = 1.4
-TRIES = 5
+TRIES = 9
 
 
 def fastest_s(*commands: list[str]) -> list[float]:
     """The fastest of ``TRIES`` runs of each command, taken in turns so that all see the same noise.
 
-    User and system time of the child, not wall-clock: what other processes do at the same time counts little.
+    User and system time of the child, not wall-clock: what other processes do at the same time counts little. Bytecode
+    is cached, as it is after an installation.
     """
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     best = [float("inf")] * len(commands)
     for _ in range(TRIES):
         for number, command in enumerate(commands):
-            before = os.times()
-            subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
-            after = os.times()
-            used = after.children_user - before.children_user + after.children_system - before.children_system
-            best[number] = min(best[number], used)
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            assert process.returncode == 0, command
+            best[number] = min(best[number], usage.ru_utime + usage.ru_stime)
     return best
 
 
 @pytest.mark.parametrize(
     "words",
     [["--help"], ["size", "--help"], ["size", "--model", "70b", "--ctx", "32k"],
-     ["size", "--model", "70b", "--gpu", "h100", "--tp", "4", "--ctx", "32k"]],
+     ["size", "--model", "70b", "--gpu", "h100", "--tp", "4", "--ctx", "32k"],
+     ["itl", "--model", "70b", "--gpu", "h200", "--tp", "4", "--ctx", "32k"],
+     ["check", "--log", str(LOG)]],
     ids=" ".join,
 )  # fmt: skip
 def test_a_command_takes_at_most_1_4_times_the_import_of_its_dependencies(words: list[str]) -> None:

@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -85,20 +84,12 @@ def find(kind: str, gpu_name: str, engine: str) -> Found | None:
         data = read(path)
         if _matches(data, kind, gpu, engine):
             return Found(path.stem, data, str(path), MEASURED_HERE)
-    name = _shipped_index().get((kind, gpu, engine))
-    if name is None:
-        return None
-    return Found(name, profiles.load("calibrations", name), f"calibration {name}", SHIPPED)
-
-
-@lru_cache(maxsize=1)
-def _shipped_index() -> dict[tuple[str, str, str], str]:
-    found: dict[tuple[str, str, str], str] = {}
     for name in profiles.names("calibrations"):
-        data = profiles.load("calibrations", name)
-        if isinstance(data.get("gpu"), str) and isinstance(data.get("engine"), str):
-            found[data.get("kind", ""), data["gpu"], data["engine"]] = name
-    return found
+        if name.endswith(f"-{gpu}-{engine}"):  # shipped files are called KIND-GPU-ENGINE
+            data = profiles.load("calibrations", name)
+            if _matches(data, kind, gpu, engine):
+                return Found(name, data, f"calibration {name}", SHIPPED)
+    return None
 
 
 def _matches(data: Mapping[str, Any], kind: str, gpu: str, engine: str) -> bool:

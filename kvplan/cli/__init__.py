@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
+
+GARBAGE_THRESHOLD = 50_000
+"""Objects made before garbage is looked for: start-up makes many and drops none, so looking would only cost time."""
 
 CLOSED_PIPE = 141
 """Exit code when the reader of stdout went away: 128 + SIGPIPE, what shells report for other programs."""
@@ -16,9 +20,12 @@ def main() -> None:
     """Run the command line; the ``kvplan`` script calls this."""
     from kvplan.errors import KvplanError
 
+    gc.set_threshold(GARBAGE_THRESHOLD)
     try:
-        from kvplan.cli.app import app
+        from kvplan.cli.commands import COMMANDS, make_app
 
+        named = sys.argv[1:2]
+        app = make_app(named if named and named[0] in COMMANDS else COMMANDS)
         code = app(standalone_mode=False)
         sys.stdout.flush()
         if code == INTERRUPTED:  # the option parser catches Ctrl-C and says nothing
