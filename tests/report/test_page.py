@@ -36,7 +36,7 @@ CASES = pytest.mark.parametrize(
 
 
 @CASES
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("width", [1280, 768, 390, 320])
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_a_page_is_quiet_asks_for_nothing_and_is_as_wide_as_its_window(page_of, question, width, dark) -> None:  # type: ignore[no-untyped-def]
     page = page_of(kvplan.report(**question), width, dark=dark)
