@@ -233,6 +233,7 @@ def test_a_given_calibration_replaces_the_shipped_one_and_says_so(kvplan_cli: Ca
     shipped, chosen = kvplan_cli(*words).json, kvplan_cli(*words, "--calibration", str(given)).json
     assert chosen["slope_ratio"] < shipped["slope_ratio"]
     assert "given" in chosen["slope_ratio_detail"]
+    assert "the calibration given is of tensorrt-llm kernels: vllm reaches it with kernels as good" in chosen["notes"]
     assert chosen["request"]["calibration"] == str(given)
 
 
