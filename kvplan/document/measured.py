@@ -17,17 +17,21 @@ from kvplan.latency.request import Point
 from kvplan.latency.served import Served
 from kvplan.model_config import resolve_model
 from kvplan.model_config.types import AttentionCache
-from kvplan.samples import Sample
+from kvplan.samples import Sample, read_samples
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder that was read: where and when it was taken, its samples and its whole steps."""
+    """A run folder that was read: where and when it was taken, its samples and its whole steps.
+
+    ``num_corrupt`` is the number of lines in its sample file that hold none.
+    """
 
     path: Path
     environment: dict[str, Any]
     model: str | None
     samples: list[Sample]
+    num_corrupt: int
     steps: list[dict[str, Any]]
 
 
@@ -52,10 +56,11 @@ def read_run(path: Path, gpu_name: str) -> Run:
         cpu = "; a CPU is not a GPU" if isinstance(environment, dict) and environment.get("kind") == "cpu" else ""
         raise InputError(f"{path} was measured on {shorten(gpu, 40)}, not on {gpu_name}{cpu}",
                          hint=f"measure on {gpu_name}, or leave --measured out")  # fmt: skip
-    samples, steps = folder.samples()[0], [record for record in folder.records("steps") if _is_step(record)]
+    found = read_samples(folder.samples_path)
+    samples, steps = found.samples, [record for record in folder.records("steps") if _is_step(record)]
     if not samples and not steps:
         raise InputError(f"{path} holds no sample", hint="go on with `kvplan measure --resume`")
-    return Run(path, environment, _model_of(path), samples, steps)
+    return Run(path, environment, _model_of(path), samples, len(found.corrupt), steps)
 
 
 def _is_step(record: dict[str, Any]) -> bool:
@@ -108,6 +113,8 @@ def measured_of(run: Run, formats: Sequence[Format]) -> Measured:
     served = {fmt.name: fmt.line.served for fmt in formats if fmt.line is not None}
     points: list[MeasuredPoint] = []
     notes = ["Measured with the kernels that kvplan bundles; an engine's own may be slower"]
+    if run.num_corrupt:
+        notes.append(f"{run.num_corrupt} lines of samples.jsonl hold no sample and are left out")
     if served:
         any_served = next(iter(served.values()))
         points += _whole_steps(run, served, any_served, notes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,18 @@ def test_kernel_samples_of_other_heads_are_left_out_and_counted(run_folder: Path
     assert report.measured is not None
     assert report.measured.points == []
     assert any("kernel samples left out: of other heads" in note for note in report.measured.notes)
+
+
+def test_torn_lines_of_a_run_are_counted_and_its_folder_is_left_as_it_is(run_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "torn"
+    shutil.copytree(run_folder, folder)
+    with (folder / "samples.jsonl").open("a") as file:
+        file.write('{"batch_size": 32, "conte\nnonsense\n')
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    report = kvplan.report(model="8b", gpu="h200", context_tokens="8k", measured=str(folder), date=DATE)
+    assert report.measured is not None
+    assert "2 lines of samples.jsonl hold no sample and are left out" in report.measured.notes
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_a_run_of_another_gpu_is_refused(run_folder: Path) -> None:
