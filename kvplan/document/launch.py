@@ -38,6 +38,8 @@ def launches_of(setup: Setup, cache: CachePlan, *, fits: bool) -> list[Launch]:
     found = []
     for name in names:
         command, notes = makers[name](setup, cache.kv_cache_dtype, users)
+        if setup.request.weight_dtype is not None and command is not None:
+            notes.append(f"the plan takes weights stored as {setup.request.weight_dtype}: serve such a checkpoint")
         if name != planned:
             notes.append("planned for another engine: this one manages memory by its own rules, so capacity differs")
         elif not fits:
@@ -49,9 +51,10 @@ def launches_of(setup: Setup, cache: CachePlan, *, fits: bool) -> list[Launch]:
 
 def model_reference(setup: Setup) -> str:
     """What an engine would call the model: its hub id when a bundled profile knows it, else as it was asked for."""
-    name = profiles.find("models", setup.request.model or "")
-    ids = profiles.load("models", name).get("hf_ids", []) if name is not None else []
-    return str(ids[0]) if ids else setup.request.model or ""
+    asked = setup.request.model or ""
+    name = profiles.find("models", asked)
+    ids = profiles.load("models", name).get("hf_ids", []) if name is not None and "/" not in asked else []
+    return str(ids[0]) if ids else asked
 
 
 def _command(words: Iterable[str], options: Iterable[tuple[str, object]]) -> str:

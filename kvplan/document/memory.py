@@ -18,7 +18,7 @@ WORTH = 1.0005
 FULL_FRACTION = 0.95
 """The largest memory fraction that is advised: the rest is for what the engine does not count."""
 
-NO_REMEDY = {
+REASONS = {
     "null_block": "the engine keeps one block that no request may use",
     "remainder": "less than one block is left over",
     "rounding": "last blocks are partly empty, and windows reserve room for tokens in flight",
@@ -29,6 +29,8 @@ NO_REMEDY = {
     "unused": "no whole further user fits",
     "reserve": "left to what the engine does not count: other processes, fragmentation",
 }
+"""Why each loss is there, by the names of ``kvplan.memory.ledger`` and the segments."""
+
 TERMS: tuple[tuple[str, str, str, SegmentKind], ...] = (
     ("weights_bytes", "weights", "weights", "weights"),
     ("activation_bytes", "activations", "activation peak", "engine"),
@@ -126,7 +128,7 @@ def _line(plans: Plans, now: Holds, line: tuple[str, str, int]) -> Waste:
         then = _holds_with(plans.setup, remedy.edits)
         if then is not None and then.fractional > now.fractional * WORTH and (best is None or then > best[0]):
             best = (then, remedy.words)
-    note = NO_REMEDY.get(name, "")
+    note = REASONS.get(name, "")
     if best is None:
         return Waste(name=name, label=label, bytes=size, share=share, note=note)
     then, words = best
@@ -150,7 +152,7 @@ def _unused(plans: Plans, size: int, share: float) -> Waste:
     grows = longest is not None and longest > setup.context_tokens
     room = f"the same users may go up to {format_tokens(longest)} tokens" if grows else None
     return Waste(name="unused", label=label, bytes=size, share=share, fix=room, 
-                 note=NO_REMEDY["unused"])  # fmt: skip
+                 note=REASONS["unused"])  # fmt: skip
 
 
 def _remedies(setup: Setup, cache: CachePlan, name: str) -> list[Remedy]:

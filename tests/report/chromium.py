@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import itertools
 import json
 import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +22,8 @@ FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--
          "--no-first-run", "--disable-background-networking", "--disable-component-update",
          "--remote-debugging-pipe")  # fmt: skip
 TIMEOUT_S = 60
+WIRE = "import os, sys; a = sys.argv; os.dup2(int(a[1]), 3); os.dup2(int(a[2]), 4); os.execv(a[3], a[3:])"
+"""Chromium reads commands from descriptor 3 and answers on 4."""
 
 
 def find_chromium() -> str | None:
@@ -99,18 +103,13 @@ class Browser:
     def __init__(self, executable: str, profile: Path) -> None:
         commands, self._out = os.pipe()
         self._in, answers = os.pipe()
-
-        def wire() -> None:  # Chromium reads commands from descriptor 3 and answers on 4
-            first, second = os.dup(commands), os.dup(answers)
-            os.dup2(first, 3)
-            os.dup2(second, 4)
-
+        given = [fcntl.fcntl(pipe, fcntl.F_DUPFD, 10) for pipe in (commands, answers)]  # clear of 3 and 4
         self._process = subprocess.Popen(
-            [executable, *FLAGS, f"--user-data-dir={profile}", "about:blank"],
-            preexec_fn=wire, close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            [sys.executable, "-c", WIRE, *map(str, given), executable, *FLAGS, f"--user-data-dir={profile}"],
+            pass_fds=given, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        os.close(commands)
-        os.close(answers)
+        for pipe in (commands, answers, *given):
+            os.close(pipe)
         self._numbers = itertools.count(1)
         self._buffer = b""
         self.events: list[dict[str, Any]] = []

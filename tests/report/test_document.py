@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -288,6 +289,16 @@ def test_launch_commands_carry_the_plan(chat: Report) -> None:
     assert "--tp-size 4 --context-length 32768 --max-running-requests 64 --kv-cache-dtype fp8_e4m3" in sglang.command
     assert "--tp_size 4 --max_seq_len 32768 --max_batch_size 64" in trtllm.command
     assert any("kv_cache_config: {dtype: fp8}" in note for note in trtllm.notes)
+
+
+def test_launch_commands_quote_what_a_shell_would_read_and_say_what_the_plan_takes_for_granted(tmp_path: Path) -> None:
+    config = json.loads((ROOT / "profiles" / "models" / "llama-3.1-8b.json").read_text())["config"]
+    folder = model_folder(tmp_path / "my model; rm -rf $HOME", config)
+    report = kvplan.report(model=folder, gpu="h100", context_tokens="8k", weight_dtype="fp8", date=DATE)
+    for item in report.launch:
+        assert item.command is not None
+        assert shlex.split(item.command).count(folder) == 1
+        assert "the plan takes weights stored as fp8: serve such a checkpoint" in item.notes
 
 
 def test_an_engine_without_the_format_has_no_command_but_a_reason() -> None:
