@@ -10,6 +10,7 @@ from kvplan.document.plans import Plans
 from kvplan.errors import KvplanError
 from kvplan.memory.cache_plan import CachePlan
 from kvplan.memory.ledger import LABELS, waste_ledger
+from kvplan.memory.request import Source
 from kvplan.memory.setup import Setup, budget_of, cache_plan, set_up, weights_of
 from kvplan.units import format_count, format_tokens
 
@@ -51,11 +52,13 @@ def segments_of(plans: Plans) -> list[Segment]:
         if value:
             found.append(Segment(name=name, label=label, kind=kind, bytes=value, source=term.source,
                                  detail=term.detail, override=term.override))  # fmt: skip
-    found += _kv_segments(lines)
+    found += _kv_segments(lines, "exact" if plans.cache.exact else "assumed")
     left = total - sum(segment.bytes for segment in found)
     usable = memory.sources["usable_bytes"]
     if left >= 0:
-        reserve = Segment(name="reserve", label="outside the engine's fraction", kind="reserve", bytes=left,
+        given = plans.setup.request.kv_cache_memory_bytes is not None
+        label = "left over" if given else "outside the engine's fraction"
+        reserve = Segment(name="reserve", label=label, kind="reserve", bytes=left,
                           source=usable.source, detail=usable.detail, override=usable.override)  # fmt: skip
         return [*found, reserve]
     short = Segment(name="short", label="more than the GPU has", kind="short", bytes=left, source="assumed",
@@ -71,7 +74,7 @@ def _ledger(plans: Plans) -> dict[str, int]:
     return waste_ledger(plans.cache, plans.room_bytes, context, held).lines
 
 
-def _kv_segments(lines: dict[str, int]) -> list[Segment]:
+def _kv_segments(lines: dict[str, int], source: Source) -> list[Segment]:
     parts: list[tuple[str, str, SegmentKind, int]] = [
         ("kv", "keys, values and states", "kv", lines.get("live", 0)),
         ("scales", "scales", "scales", lines.get("scales", 0)),
@@ -79,7 +82,7 @@ def _kv_segments(lines: dict[str, int]) -> list[Segment]:
         ("headroom", "free for more users", "headroom", lines.get("unused", 0)),
     ]
     return [
-        Segment(name=name, label=label, kind=kind, bytes=value, source="exact",
+        Segment(name=name, label=label, kind=kind, bytes=value, source=source,
                 detail="waste ledger of the engine's allocation rules", override="--kv-cache-dtype, --batch")
         for name, label, kind, value in parts if value
     ]  # fmt: skip

@@ -20,6 +20,7 @@ from kvplan.latency.planner import plan_points
 from kvplan.latency.request import Point
 from kvplan.memory.explain import explained
 from kvplan.memory.plan import SizePlan
+from kvplan.memory.request import Source
 from kvplan.units import format_bytes, format_bytes_per_s, format_percent, format_ratio, format_tokens
 
 
@@ -29,7 +30,7 @@ def audit_of(plans: Plans, answers: Answers, precisions: Sequence[Precision]) ->
     return [
         *_memory(plan),
         *_cache(plan),
-        *_precisions(precisions),
+        *_precisions(precisions, "exact" if plans.cache.exact else "assumed"),
         *_hardware(plans.gpu),
         *_latency(answers, plans.line),
     ]
@@ -62,16 +63,16 @@ def _cache(plan: SizePlan) -> list[Figure]:
     ]  # fmt: skip
 
 
-def _precisions(precisions: Sequence[Precision]) -> list[Figure]:
+def _precisions(precisions: Sequence[Precision], source: Source) -> list[Figure]:
     found = []
     for p in precisions:
         if p.forbidden is not None:
-            found.append(_figure("precisions", p.kv_cache_dtype, "not possible", "exact", p.forbidden))
+            found.append(_figure("precisions", p.kv_cache_dtype, "not possible", source, p.forbidden))
             continue
         how = "bytes of a 16-bit request / bytes of one in this format, blocks, scales and padding included"
         size = f"{p.bytes_per_token:,} B a token, {p.scale_bytes_per_token:,} B of them scales"
         name = f"{p.kv_cache_dtype}: capacity gain"
-        found.append(_figure("precisions", name, format_ratio(p.capacity_gain), "exact", f"{how}; {size}"))
+        found.append(_figure("precisions", name, format_ratio(p.capacity_gain), source, f"{how}; {size}"))
         if p.slope_ratio is not None and p.slope_ratio_detail:
             found.append(_figure("precisions", f"{p.kv_cache_dtype}: slope ratio", format_ratio(p.slope_ratio),
                                  p.slope_ratio_source, p.slope_ratio_detail,

@@ -160,6 +160,13 @@ def test_the_segments_add_up_to_the_memory_of_the_gpu(question: dict[str, Any]) 
     assert all(segment.bytes > 0 for segment in report.memory if segment.kind != "short")
 
 
+def test_nothing_of_an_approximated_engine_is_called_exact() -> None:
+    report = kvplan.report(model="8b", gpu="h100", engine="sglang", context_tokens="8k", concurrency=4, date=DATE)
+    assert report.deployment.rules == "approximation"
+    assert {s.source for s in report.memory if s.kind in ("kv", "headroom")} == {"assumed"}
+    assert {f.source for f in report.audit if f.section == "KV cache" or "capacity" in f.name} == {"assumed"}
+
+
 def test_replicated_heads_are_waste_and_dcp_wins_them_back() -> None:
     """TP 16 on 8 KV heads stores every head twice; with DCP 2 the same memory holds twice the users."""
     report = kvplan.report(model="70b", gpu="h200", tp_size=16, context_tokens="32k", concurrency=64, date=DATE)
