@@ -55,6 +55,8 @@ def basis_of(report: ServerReport, given: Mapping[str, Any]) -> Basis:
     checked = make_request(given)
     given = {name: getattr(checked, name) for name, value in given.items() if value is not None}
     notes: list[str] = []
+    if "speculative" in report.facts:
+        notes.append("the server decodes speculatively: a draft model's weights and its blocks are not in the plan")
     options: dict[str, Any] = {"engine": report.engine}
     for name in SETTINGS:
         value = report.value(name)
@@ -119,7 +121,7 @@ def _model(report: ServerReport, notes: list[str]) -> dict[str, Any]:
         raise InputError(f"{report.source}: the server names no model", hint="add --model")
     name = _hub_id(stated)
     try:
-        resolve_model(name)
+        quantised_at_start = resolve_model(name).quantization is None
     except KvplanError as error:
         known, stored = bundled_sibling(name)
         if known is None:
@@ -129,7 +131,8 @@ def _model(report: ServerReport, notes: list[str]) -> dict[str, Any]:
         stored = stored or _stored(report)
         notes.append(f"{shorten(stated)} is taken as {known}, by its name" + (f", weights {stored}" if stored else ""))
         return {"model": known} | ({"weight_dtype": stored} if stored else {})
-    return {"model": name}
+    stored = _stored(report) if quantised_at_start else None
+    return {"model": name} | ({"weight_dtype": stored} if stored else {})
 
 
 def _hub_id(name: str) -> str:

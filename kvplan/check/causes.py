@@ -47,7 +47,7 @@ def find_causes(report: ServerReport, basis: Basis, plan: SizePlan, terms: Seque
                 ) -> tuple[Cause, ...]:  # fmt: skip
     """Causes of the drifted terms, the settings that differ first."""
     drifted = {term.name: term for term in terms if term.verdict == "drifted"}
-    found = [*_taken_before(report, drifted)]
+    found = [*_taken_before(report, drifted), *_overridden(report, drifted)]
     settings = [term for term in drifted.values() if term.name in SETTING_LABELS and term.source == "given"]
     if settings:
         return (*found, *_settings(settings, drifted, report, basis, tolerance))
@@ -98,6 +98,14 @@ def _taken_before(report: ServerReport, drifted: Mapping[str, Term]) -> Iterator
             "look at nvidia-smi and stop it, or lower --gpu-memory-utilization to what is free",
             ("start",),
         )
+
+
+def _overridden(report: ServerReport, drifted: Mapping[str, Term]) -> Iterator[Cause]:
+    """A number of blocks that was set rather than worked out."""
+    blocks = report.value("num_blocks_override")
+    if blocks is not None and drifted.keys() & {"num_blocks", "capacity_tokens"}:
+        yield Cause("blocks_override", f"the server was told to use {blocks:,} blocks, whatever memory it has",
+                    "remove --num-gpu-blocks-override", ("num_blocks", "capacity_tokens"))  # fmt: skip
 
 
 def _explaining(changes: Iterator[Change], names: Set[str], report: ServerReport, basis: Basis, tolerance: float

@@ -35,7 +35,7 @@ def latency_term(report: ServerReport, basis: Basis, tolerance: float) -> Term |
     if batch is None or prompt is None:
         return unchecked("no request was running and no lengths were counted: nothing to predict at")
     options: dict[str, Any] = {name: basis.options[name] for name in FIELDS if name in basis.options}
-    requests = max(1, round(batch))
+    requests = max(1, round(batch * basis.options.get("dp_size", 1)))
     context = max(1, round(prompt + (answer or 0) / 2))
     from kvplan.latency.planner import plan_one
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import re
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Protocol
 
 from kvplan.check.log_lines import (
     ARGUMENT,
@@ -23,6 +25,7 @@ from kvplan.check.server import Event, Fact, ServerReport, Value, quote
 from kvplan.errors import InputError
 from kvplan.units import GIB
 
+GZIP = b"\x1f\x8b"
 CHUNK_BYTES = 2**21
 MAX_LINE_BYTES = 2**17
 MAX_EVENTS = 100
@@ -37,8 +40,14 @@ _FRACTIONS = ("gpu_memory_utilization", "max_concurrency", "hybrid_padding_perce
 _TEXTS = ("model", "kv_cache_dtype", "quantization", "dtype", "speculative", "engine_version", "gpu")
 
 
+class Readable(Protocol):
+    """What a log is read from."""
+
+    def read(self, size: int, /) -> bytes: ...  # noqa: D102
+
+
 def read_log(path: Path) -> ServerReport:
-    """What the server whose log ``path`` is (``-`` is stdin) reported when it last started.
+    """What the server whose log ``path`` is (``-`` is stdin, gzip is unpacked) reported when it last started.
 
     Raises:
         InputError: the file cannot be read, or holds no line that is understood; the message says what was looked for.
@@ -48,12 +57,15 @@ def read_log(path: Path) -> ServerReport:
         return read_stream(sys.stdin.buffer, "stdin")
     try:
         with path.open("rb") as file:
-            return read_stream(file, str(path))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or type(error).__name__})") from error
+            packed = file.read(2) == GZIP
+            file.seek(0)
+            return read_stream(gzip.open(file) if packed else file, str(path))
+    except (OSError, EOFError, zlib.error) as error:
+        what = getattr(error, "strerror", None) or type(error).__name__
+        raise InputError(f"{path}: cannot be read ({what})") from error
 
 
-def read_stream(stream: BinaryIO, source: str) -> ServerReport:
+def read_stream(stream: Readable, source: str) -> ServerReport:
     """``read_log`` of an open file.
 
     Raises:
@@ -66,7 +78,7 @@ def read_stream(stream: BinaryIO, source: str) -> ServerReport:
     return reader.report(source)
 
 
-def _candidates(stream: BinaryIO) -> Iterator[tuple[int, str]]:
+def _candidates(stream: Readable) -> Iterator[tuple[int, str]]:
     """(line number, text) of the lines that hold a needle; all others are never decoded."""
     number, rest = 1, b""
     while chunk := stream.read(CHUNK_BYTES):

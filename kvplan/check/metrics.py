@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
+from kvplan.check.log_lines import SETTINGS, SGLANG
 from kvplan.check.server import Fact, ServerReport
 from kvplan.errors import InputError, shorten
 
@@ -64,7 +66,7 @@ def read_scrape(text: str, source: str) -> Scrape:
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
                 prefix, _, name = sample.name.partition(":")
-                if prefix not in ("vllm", "sglang"):
+                if prefix not in ("vllm", "sglang") or not isfinite(sample.value):
                     continue
                 engine = prefix
                 model = model or sample.labels.get("model_name")
@@ -82,8 +84,9 @@ def _sample(name: str, labels: Mapping[str, str], value: float, where: str, fact
             counters: dict[str, float]) -> None:  # fmt: skip
     if name == "cache_config_info":
         for label, fact in SETTING_LABELS.items():
-            found = _label(fact, labels.get(label), f"{where} {label}")
-            if found is not None:
+            found, known = _label(fact, labels.get(label), f"{where} {label}"), facts.get(fact)
+            fewer = known is None or fact != "num_blocks" or (found is not None and found.number < known.number)
+            if found is not None and fewer:  # every data-parallel engine has one; the smallest counts
                 facts[fact] = found
     elif name in GAUGES:
         fact = GAUGES[name]
@@ -103,12 +106,12 @@ def _label(name: str, text: str | None, where: str) -> Fact | None:
         return Fact(text == "True", where)
     try:
         return Fact(float(text) if name == "gpu_memory_utilization" else int(float(text)), where)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 
 def report_of(source: str, last: Scrape, first: Scrape | None, models: Iterable[Mapping[str, Any]],
-              version: str | None) -> ServerReport:  # fmt: skip
+              about: Mapping[str, Any]) -> ServerReport:  # fmt: skip
     """Facts of a running server.
 
     Args:
@@ -116,12 +119,15 @@ def report_of(source: str, last: Scrape, first: Scrape | None, models: Iterable[
         last: the latest scrape.
         first: an earlier scrape; latency and load are then those of the time between, else since the start.
         models: the entries of ``/v1/models``.
-        version: what ``/version`` says, when the server has it.
+        about: what vLLM says at ``/version``, SGLang at ``/get_server_info``: its version, SGLang's settings too.
 
     """
     facts = dict(last.facts)
-    if version is not None:
-        facts["engine_version"] = Fact(version, "/version")
+    settings = {"version": "engine_version", **(SETTINGS[SGLANG] if last.engine == SGLANG else {})}
+    for setting, fact in settings.items():
+        stated = about.get(setting)
+        if isinstance(stated, str | int | float) and stated != "":
+            facts[fact] = Fact(stated, f"server info {setting}")
     for entry in models:
         name = entry.get("root") or entry.get("id")
         if isinstance(name, str) and "model" not in facts:

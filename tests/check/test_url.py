@@ -106,7 +106,7 @@ def test_blocks_that_fit_another_default_fraction_are_drift() -> None:
 def test_older_metric_names_read_the_same() -> None:
     old = read_scrape(vllm(usage="gpu_cache_usage_perc", latency="time_per_output_token_seconds").decode(), "x")
     new = read_scrape(vllm().decode(), "x")
-    reports = [report_of("x", scrape, None, [], None) for scrape in (old, new)]
+    reports = [report_of("x", scrape, None, [], {}) for scrape in (old, new)]
     assert [report.value("kv_usage") for report in reports] == [0.077, 0.077]
     assert reports[0].value("itl_s") == reports[1].value("itl_s") == pytest.approx(0.0104)
 
@@ -115,8 +115,8 @@ def test_two_readings_give_the_latency_of_the_time_between_them() -> None:
     """100 requests at 20 ms, then 100 more at 10 ms: the mean since the start is 15, of the time between 10."""
     first = read_scrape(vllm(itl_s=0.020).decode(), "x")
     last = read_scrape(vllm(itl_s=0.015, requests=200).decode(), "x")
-    assert report_of("x", last, first, [], None).value("itl_s") == pytest.approx(0.010)
-    assert report_of("x", last, None, [], None).value("itl_s") == pytest.approx(0.015)
+    assert report_of("x", last, first, [], {}).value("itl_s") == pytest.approx(0.010)
+    assert report_of("x", last, None, [], {}).value("itl_s") == pytest.approx(0.015)
 
 
 def test_sglang_reports_tokens_and_page_size() -> None:
@@ -125,9 +125,14 @@ def test_sglang_reports_tokens_and_page_size() -> None:
         b'# TYPE sglang:num_running_reqs gauge\nsglang:num_running_reqs{model_name="llama-3.1-8b"} 0.0\n'
         b'# TYPE sglang:page_size gauge\nsglang:page_size{model_name="llama-3.1-8b"} 1.0\n'
     )
-    result = check({"/metrics": Answer(text)}, context_tokens=8192)
+    info = (
+        b'{"version": "0.5.3", "model_path": "llama-3.1-8b", "tp_size": 1, "mem_fraction_static": 0.9, "dtype": "auto"}'
+    )
+    result = check({"/metrics": Answer(text), "/get_server_info": Answer(info, content_type="application/json")})
     assert result.report.engine == "sglang"
     assert term(result, "capacity_tokens").observed == 450000
+    assert (result.plan.request.tp_size, result.plan.request.gpu_memory_utilization) == (1, 0.9)
+    assert result.report.value("engine_version") == "0.5.3"
 
 
 @pytest.mark.parametrize("path", ["", "/metrics", "/v1", "/v1/models"])

@@ -19,7 +19,7 @@ class VersionRules:
 
     Attributes:
         request_based_tokens: logged tokens are ``int(max_concurrency × max_model_len)``; before, ``num_blocks // groups
-            × block`` (0.20 has the old form, 0.22 the new).
+            × block`` (0.20.0 has the old form, a log of 0.20.2 the new).
         async_in_flight: windows reserve the tokens of all batches in flight; before, of one (0.24 old, 0.26 new).
         reserves_null_block: the start-up check leaves the null block out (0.26 no, 0.29 yes).
         large_gpu_tier: 16,384 batched tokens from 160 GiB on (0.26 no, 0.29 yes).
@@ -34,7 +34,7 @@ class VersionRules:
 
     @property
     def request_based_tokens(self) -> bool:  # noqa: D102
-        return self.version >= (0, 21)
+        return self.version >= (0, 20, 2)
 
     @property
     def async_in_flight(self) -> bool:  # noqa: D102
