@@ -75,7 +75,7 @@ def basis_of(report: ServerReport, given: Mapping[str, Any]) -> Basis:
     longest = report.number("max_model_len_tokens")
     if longest is not None and "max_model_len_tokens" not in given and given.get("context_tokens", 0) > longest:
         given["max_model_len_tokens"] = given["context_tokens"]
-    options |= given
+    options |= given | {"engine": report.engine}
     if "block_size_tokens" not in options:
         options |= _block(report, options.get("model"))
     return Basis(options, given, tuple(notes))

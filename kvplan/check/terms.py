@@ -70,6 +70,10 @@ def _start(report: ServerReport, plan: SizePlan) -> Iterator[Term]:
 
 def _settings(report: ServerReport, basis: Basis, plan: SizePlan) -> Iterator[Term]:
     """Settings that the user stated and the server reports too."""
+    if "engine" in basis.given:
+        stated = resolve_engine(str(basis.given["engine"])).name
+        same: Verdict = "agrees" if stated == report.engine else "drifted"
+        yield Term("engine", "engine", "name", stated, report.engine, "given", "the wording of its lines", same)
     for name, label in SETTING_LABELS.items():
         fact = report.facts.get(name) or (report.facts.get("observed_block_tokens") if "block" in name else None)
         if name not in basis.given or fact is None:

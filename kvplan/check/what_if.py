@@ -60,6 +60,10 @@ class WhatIf:
         if kv is None or kv.number <= 0:
             raise InputError(f"{self.report.source}: no KV memory is reported in it",
                              hint="a log from the start of the server has it; or size without --from-log")  # fmt: skip
+        engine = changes.get("engine")
+        if engine is not None and resolve_engine(str(engine)).name != self.report.engine:
+            raise InputError(f"the log is {self.report.engine}'s: its memory says nothing about {engine}",
+                             hint="size without --from-log for another engine")  # fmt: skip
         before = basis_of(self.report, self.identity)
         after = basis_of(self.report, {**self.identity, **changes})
         terms = _moved(self.report, kv, before, after)

@@ -9,6 +9,9 @@ from typing import TextIO
 
 from kvplan.terminal.console import MAX_WIDTH, MIN_WIDTH, PIPED_WIDTH
 
+MIN_COLUMN = 6
+"""Characters a column of text keeps on a narrow page."""
+
 STYLES = {"bold": "1", "dim": "2", "yellow": "33"}
 
 
@@ -39,12 +42,21 @@ class Page:
         self.stream.write(text + "\n")
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
-        """Columns as wide as their widest cell, under a dim heading and a rule."""
+        """Columns as wide as their widest cell, under a dim heading and a rule.
+
+        Where the page is too narrow, text is cut, the last columns first.
+        """
         widths = [max(len(row[i]) for row in (columns, *rows)) for i in range(len(columns))]
+        while sum(widths) + 2 * (len(widths) - 1) > self.width:
+            text = [i for i in range(len(widths)) if i not in right and widths[i] > MIN_COLUMN]
+            if not text:
+                break
+            widths[text[-1]] -= 1
 
         def joined(cells: Sequence[str]) -> str:
+            cut = [c if len(c) <= w else f"{c[: w - 1]}…" for c, w in zip(cells, widths, strict=True)]
             padded = [
-                c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+                c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(cut, widths, strict=True))
             ]
             return "  ".join(padded).rstrip()
 

@@ -182,6 +182,25 @@ def test_a_setting_that_differs_explains_what_follows_from_it() -> None:
     assert {"weights_bytes", "kv_cache_bytes"} <= set(result.causes[0].terms)
 
 
+def test_another_engine_than_planned_is_drift() -> None:
+    assert held(log(), gpu="h100", engine="vllm").agrees
+    assert [t.name for t in held(log(), gpu="h100", engine="sglang").drifted] == ["engine"]
+
+
+def test_weights_quantised_at_the_start_are_planned_as_the_server_states_them() -> None:
+    """8.0 B parameters of one byte and 16-bit embeddings are 8.46 GiB."""
+    quantised = log(weights=8.49, kv=61.65).replace("enable_prefix", "quantization=fp8, enable_prefix")
+    result = held(quantised, gpu="h100")
+    assert result.agrees and result.plan.request.weight_dtype == "fp8"
+
+
+def test_blocks_that_were_set_and_draft_models_are_said() -> None:
+    told = log(tokens=160_000).replace("enable_prefix", "num_gpu_blocks_override=10000, enable_prefix")
+    assert held(told, gpu="h100").causes[0].code == "blocks_override"
+    drafting = log().replace("enable_prefix", "speculative_config=SpeculativeConfig(method='mtp'), enable_prefix")
+    assert "speculatively" in held(drafting, gpu="h100").notes[0]
+
+
 def test_weights_of_another_precision_are_named() -> None:
     result = held(log(weights=8.49, kv=61.65), gpu="h100")
     assert "weight_dtype" in {cause.code for cause in result.causes}

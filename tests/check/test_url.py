@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -252,3 +253,21 @@ def test_a_scenario_states_what_was_planned(kvplan_cli: Callable[..., Ran], tmp_
         done = kvplan_cli("check", "--url", url, "--scenario", str(scenario))
     assert done.code == 3
     assert "KV dtype: fp8 was planned, the server runs" in " ".join(done.out.split())
+
+
+def test_the_commands_of_the_readme_run(kvplan_cli: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                        ) -> None:  # fmt: skip
+    """With an example's log, a scenario of the fields that README names, and a server here for the one it names."""
+    root = Path(__file__).parents[2]
+    text = (root / "README.md").read_text()
+    block = re.search(r"## Check a server\n.*?```sh\n(.*?)```", text, re.S)
+    assert block is not None
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vllm.log").write_bytes((root / "examples" / "vllm-startup.log").read_bytes())
+    (tmp_path / "chat.yaml").write_text("model: 8b\ngpu: h100\ntp: 1\n")
+    with serving(server()) as url:
+        for line in block[1].splitlines():
+            words = line.split("#")[0].replace("http://host:8000", url).split()
+            assert words[0] == "kvplan"
+            done = kvplan_cli(*words[1:])
+            assert done.code in (0, 3) and done.out, (line, done.err)

@@ -58,6 +58,8 @@ def test_what_cannot_be_worked_out_is_said() -> None:
         kvplan.size_from_log(sglang, gpu_memory_utilization=0.9)
     with pytest.raises(InputError, match="no memory is left for KV"):
         kvplan.size_from_log(LOGS / "vllm-0.26-glm-5.2-nvfp4-tp4-ep.log", gpu="b200", tp_size=1)
+    with pytest.raises(InputError, match="the log is vllm's"):
+        kvplan.size_from_log(LLAMA, engine="sglang")
     with pytest.raises(InputError, match="unknown request field 'tp'"):
         kvplan.size_from_log(LLAMA, tp=2)
 
