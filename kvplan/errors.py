@@ -10,7 +10,8 @@
     │   └── UnsupportedError       2   an engine refuses this combination
     ├── AnswerIsNo                 1   the answer is no and the caller asked to be told
     ├── OutOfTolerance             3   a measurement or a server disagrees with the plan
-    └── MissingDependencyError     4   hardware or an optional dependency is missing
+    ├── MissingDependencyError     4   hardware or an optional dependency is missing
+    └── UnreachableError           4   no server answers at an address, or not in time
 
 Each carries a ``code`` (stable, for programs), a ``message`` (one line for people) and a ``hint`` (what to try next).
 """
@@ -106,6 +107,13 @@ class MissingDependencyError(KvplanError):
 
     exit_code = 4
     code = "missing_dependency"
+
+
+class UnreachableError(KvplanError):
+    """No server answers at the address in time, or its TLS is not to be trusted."""
+
+    exit_code = 4
+    code = "unreachable"
 
 
 def closest(name: str, known: Iterable[str], limit: int = 4) -> list[str]:

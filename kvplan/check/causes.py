@@ -7,16 +7,16 @@ account for most of a difference.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
 from typing import Any
 
 from kvplan.check.basis import Basis
+from kvplan.check.changes import Change, memory_changes, rule_changes
 from kvplan.check.result import Cause, Term
 from kvplan.check.server import ServerReport
 from kvplan.check.terms import SETTING_LABELS, memory_terms, plan_of, rule_terms
 from kvplan.errors import KvplanError
 from kvplan.memory.plan import SizePlan
-from kvplan.units import GIB, format_gib, format_percent, format_tokens
+from kvplan.units import GIB, format_gib, format_percent
 
 RULES = frozenset(("num_blocks", "capacity_tokens", "max_concurrency", "needed_kv_bytes", "block_size_tokens"))
 MEMORY = frozenset(("kv_cache_bytes", "usable_bytes", "weights_bytes"))
@@ -33,16 +33,6 @@ TAKEN_BYTES = GIB
 """Memory in use before the server starts that is worth a sentence; drivers hold some hundred MiB."""
 
 
-@dataclass(frozen=True)
-class Change:
-    """One thing that may be otherwise than planned: fields of the request, and the words for it."""
-
-    code: str
-    fields: Mapping[str, Any]
-    message: str
-    fix: str
-
-
 def find_causes(report: ServerReport, basis: Basis, plan: SizePlan, terms: Sequence[Term], tolerance: float
                 ) -> tuple[Cause, ...]:  # fmt: skip
     """Causes of the drifted terms, the settings that differ first."""
@@ -53,12 +43,12 @@ def find_causes(report: ServerReport, basis: Basis, plan: SizePlan, terms: Seque
         return (*found, *_settings(settings, drifted, report, basis, tolerance))
     rules = RULES & drifted.keys()
     if rules:
-        found += [*_explaining(_rule_changes(report, basis, plan), rules, report, basis, tolerance)] or (
+        found += [*_explaining(rule_changes(report, basis, plan), rules, report, basis, tolerance)] or (
             _smallest_rank(report, plan, drifted.get("capacity_tokens")) or _bytes_per_token(report, drifted)
         )
     memory = MEMORY & drifted.keys()
     if memory:
-        found += [*_explaining(_memory_changes(report, basis, plan), memory, report, basis, tolerance)] or (
+        found += [*_explaining(memory_changes(report, basis, plan), memory, report, basis, tolerance)] or (
             _contributions(drifted.get("kv_cache_bytes"), terms) or _unaccounted(report, tolerance)
         )
     return tuple(found)
@@ -127,75 +117,6 @@ def _fit(term: Term) -> str:
     planned, observed = term.planned, term.observed
     assert not isinstance(planned, str | None) and not isinstance(observed, str | None)
     return f"{term.label} would be {shown(planned)}, {shown(observed)} is reported"
-
-
-def _rule_changes(report: ServerReport, basis: Basis, plan: SizePlan) -> Iterator[Change]:
-    """What the allocator may have done differently."""
-    current = plan.kv_cache.kv_cache_dtype
-    for dtype in ("bfloat16", "fp8", "fp8_per_token_head"):
-        if dtype != current:
-            yield Change("kv_dtype", {"kv_cache_dtype": dtype}, f"the cache holds {dtype}, not {current}",
-                         "look for a fallback of the attention backend in the log; set --kv-cache-dtype")  # fmt: skip
-    block = report.value("observed_block_tokens")
-    if block is not None and block != plan.kv_cache.block_size_tokens:
-        yield Change("hybrid_block", {"block_size_tokens": block},
-                     f"this version pads hybrid blocks to {block:,} tokens, not {plan.kv_cache.block_size_tokens:,}",
-                     "nothing: plan with --block-size, or with the version the server runs")  # fmt: skip
-    if not basis.options.get("gpu"):
-        for gpu, name in (("l4", "before Hopper"), ("b200", "of the Blackwell generation")):
-            yield Change("gpu_generation", {"gpu": gpu}, f"a GPU {name}, whose kernels store the cache otherwise",
-                         "name the GPU with --gpu")  # fmt: skip
-    caching = plan.request.enable_prefix_caching
-    if "enable_prefix_caching" not in report.facts:
-        yield Change("prefix_caching", {"enable_prefix_caching": not caching},
-                     f"prefix caching is {'off' if caching else 'on'}, not {'on' if caching else 'off'}",
-                     "set --enable-prefix-caching or --no-enable-prefix-caching in both")  # fmt: skip
-    yield from _tp_changes(report, plan)
-    for version in ("0.19", "0.22", "0.33"):
-        if report.engine == "vllm" and "engine_version" not in report.facts:
-            yield Change("engine_version", {"engine_version": version},
-                         f"the formulas of vLLM {version}, not {plan.request.engine_version}",
-                         "give the server's version with --engine-version")  # fmt: skip
-    for tokens in (2048, 8192, 16384):
-        if (
-            tokens != plan.request.max_num_batched_tokens
-            and plan.model is not None
-            and "sliding" in plan.model.layer_kinds
-        ):
-            yield Change("max_num_batched_tokens", {"max_num_batched_tokens": tokens},
-                         f"{format_tokens(tokens)} batched tokens in flight for the windows, "
-                         f"not {format_tokens(plan.request.max_num_batched_tokens)}",
-                         "give the server's --max-num-batched-tokens")  # fmt: skip
-
-
-def _tp_changes(report: ServerReport, plan: SizePlan) -> Iterator[Change]:
-    """Other numbers of ranks, where the server states none."""
-    for tp in (1, 2, 4, 8):
-        if tp != plan.request.tp_size and "tp_size" not in report.facts:
-            yield Change(
-                "tp_size", {"tp_size": tp}, f"TP {tp}, not {plan.request.tp_size}", "plan with the server's --tp"
-            )
-
-
-def _memory_changes(report: ServerReport, basis: Basis, plan: SizePlan) -> Iterator[Change]:
-    """What the budget may have been made of."""
-    if report.engine == "vllm" and "gpu_memory_utilization" not in report.facts:
-        for fraction, versions in ((0.9, "before 0.20"), (0.92, "from 0.20 on")):
-            if fraction != plan.request.gpu_memory_utilization:
-                yield Change("default_utilization", {"gpu_memory_utilization": fraction},
-                             f"a memory fraction of {fraction:g}, vLLM's default {versions}, "
-                             f"not {plan.request.gpu_memory_utilization:g}",
-                             "state --gpu-memory-utilization, so that a version change does not move it")  # fmt: skip
-    observed = report.number("weights_bytes")
-    if observed is not None:
-        stored = plan.model.weight_format if plan.model is not None else None
-        for dtype in ("bf16", "fp8", "int4", "nvfp4"):
-            if dtype != stored:
-                yield Change("weight_dtype", {"weight_dtype": dtype}, f"weights stored as {dtype}, not {stored}",
-                             "check the checkpoint and --quantization; plan with --weight-dtype")  # fmt: skip
-        yield from _tp_changes(report, plan)
-        if report.value("ep") is None and not plan.request.ep:
-            yield Change("ep", {"ep": True}, "experts are split over all ranks", "plan with --ep")
 
 
 def _smallest_rank(report: ServerReport, plan: SizePlan, capacity: Term | None) -> list[Cause]:

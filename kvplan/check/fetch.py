@@ -11,19 +11,13 @@ from typing import Any
 
 import httpx
 
-from kvplan.errors import InputError, KvplanError, MissingDependencyError, shorten
+from kvplan.errors import InputError, KvplanError, UnreachableError, shorten
 
 CONNECT_S = 5.0
 READ_S = 10.0
 TOTAL_S = 20.0
 MAX_BODY_BYTES = 16 * 2**20
 MAX_REDIRECTS = 3
-
-
-class UnreachableError(MissingDependencyError):
-    """No server answers at the address in time, or its TLS is not to be trusted."""
-
-    code = "unreachable"
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ MEMORY_LABELS = {
     "activation_bytes": "activation peak", "graph_bytes": "CUDA graphs", "overhead_bytes": "other",
     "kv_cache_bytes": "KV memory",
 }  # fmt: skip
+ESTIMATES = ("activation_bytes", "graph_bytes", "overhead_bytes")
 _UNITS: dict[str, Unit] = {"block_size_tokens": "tokens", "max_model_len_tokens": "tokens",
                            "max_num_batched_tokens": "tokens", "gpu_memory_utilization": "share"}  # fmt: skip
 
@@ -110,30 +111,28 @@ def memory_terms(report: ServerReport, basis: Basis, plan: SizePlan, tolerance: 
             continue
         if name == "usable_bytes" and source == "given" and "gpu_memory_utilization" not in basis.given:
             source = "reported"
-        given = name == "kv_cache_bytes" and source == "given"
-        if planned is None or given or _is_outside(plan, name):
-            why = (
-                "given, not planned"
-                if given
-                else about.detail
-                if planned is None
-                else "does not move the KV cache here"
-            )
+        why = _unchecked(plan, name)
+        if why is not None:
             yield Term(name, label, "bytes", planned, fact.value, source, fact.where, "not checked", note=why)
             continue
         allowed = fact.error + 1 + tolerance * _scale(name, fact, report)
         yield _judged(name, label, "bytes", planned, fact, planned - allowed, planned + allowed, source, "")
 
 
-def _is_outside(plan: SizePlan, name: str) -> bool:
-    """Whether the engine's memory fraction does not have to hold the term (SGLang)."""
+def _unchecked(plan: SizePlan, name: str) -> str | None:
+    """Why there is nothing to hold a memory term against; None when there is."""
+    about = plan.memory.sources[name]
+    if getattr(plan.memory, name) is None:
+        return about.detail
+    if name == "kv_cache_bytes" and about.source == "given":
+        return "given, not planned"
     static = resolve_engine(plan.kv_cache.engine).fraction_of == "static"
-    return static and name in ("activation_bytes", "graph_bytes", "overhead_bytes")
+    return "does not move the KV cache here" if static and name in ESTIMATES else None
 
 
 def _scale(name: str, fact: Fact, report: ServerReport) -> float:
     """What the tolerance of a term is a share of: itself, or for rough estimates the memory they are taken from."""
-    if name in ("activation_bytes", "graph_bytes", "overhead_bytes"):
+    if name in ESTIMATES:
         usable = report.number("usable_bytes")
         return usable or sum(report.number(other) or 0.0 for other in ("weights_bytes", "kv_cache_bytes"))
     return abs(fact.number) * (0.2 if name in ("total_bytes", "usable_bytes") else 1.0)

@@ -37,7 +37,7 @@ def make_app(names: Iterable[str] = COMMANDS) -> typer.Typer:
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
         epilog="Exit codes: 0 fine · 1 the answer is no (--check) · 2 usage or input error · 3 out of tolerance · "
-        "4 hardware or dependency missing · 130 interrupted.",
+        "4 hardware, dependency or server missing · 130 interrupted.",
     )
     app.callback()(_root)
     for name in names:

@@ -18,7 +18,7 @@ import kvplan
 from kvplan.check import fetch
 from kvplan.check.metrics import read_scrape, report_of
 from kvplan.check.result import CheckResult, Term
-from kvplan.errors import InputError, KvplanError
+from kvplan.errors import InputError, KvplanError, UnreachableError
 
 MODELS = json.dumps(
     {"object": "list", "data": [{"id": "chat", "root": "llama-3.1-8b", "max_model_len": 32768}]}
@@ -186,7 +186,7 @@ def test_an_answer_larger_than_metrics_can_be_is_refused(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("answer", [Answer(vllm(), wait_s=3), Answer(vllm(), drip_s=0.05)], ids=["silent", "drip-fed"])
 def test_a_slow_server_is_given_up_on_in_time(answer: Answer) -> None:
     began = time.monotonic()
-    with serving(server(**{"/metrics": answer})) as url, pytest.raises(fetch.UnreachableError):
+    with serving(server(**{"/metrics": answer})) as url, pytest.raises(UnreachableError):
         kvplan.check_url(url, gpu="h100", timeout_s=0.5)
     assert time.monotonic() - began < 5
 
@@ -201,7 +201,7 @@ def test_without_models_or_version_metrics_alone_do() -> None:
 def test_a_server_that_is_not_there_is_exit_4() -> None:
     with serving({}) as url:
         pass
-    with pytest.raises(fetch.UnreachableError, match="cannot be reached") as error:
+    with pytest.raises(UnreachableError, match="cannot be reached") as error:
         kvplan.check_url(url, gpu="h100")
     assert error.value.exit_code == 4
 
@@ -222,7 +222,7 @@ def test_tls_that_is_not_trusted_is_one_line_and_trusted_when_named(tmp_path: Pa
         certificate.write_to_path(chain, append=True)
     authority.cert_pem.write_to_path(root)
     with serving(server(), (str(chain), str(key))) as url:
-        with pytest.raises(fetch.UnreachableError, match="TLS failed") as error:
+        with pytest.raises(UnreachableError, match="TLS failed") as error:
             kvplan.check_url(url, gpu="h100")
         assert "\n" not in error.value.message
         assert term(kvplan.check_url(url, gpu="h100", ca_file=str(root)), "num_blocks").verdict == "agrees"
