@@ -16,7 +16,7 @@ PIPED_WIDTH = 100
 
 
 def make_console(stream: TextIO | None = None, width: int | None = None) -> Console:
-    """A console on ``stream`` (stdout); colour only on a terminal without ``NO_COLOR``, fixed width when piped."""
+    """A console on ``stream`` (stdout); styled only on a terminal without ``NO_COLOR``, fixed width when piped."""
     from rich.console import Console
 
     out = stream or sys.stdout
@@ -29,7 +29,10 @@ def make_console(stream: TextIO | None = None, width: int | None = None) -> Cons
             width = PIPED_WIDTH
     if width is not None:
         width = max(MIN_WIDTH, min(width, MAX_WIDTH))
-    return Console(file=out, width=width, highlight=False, soft_wrap=False, force_terminal=terminal, emoji=False)
+    return Console(
+        file=out, width=width, highlight=False, soft_wrap=False, force_terminal=terminal, emoji=False,
+        color_system=None if os.environ.get("NO_COLOR") else "auto",
+    )  # fmt: skip
 
 
 def make_table(
