@@ -88,7 +88,7 @@ def _signature(case: DecodeCase) -> tuple[dict, dict, dict]:
     kernel = _kernel(case)
     if fmt.element_bits == 4:
         types |= dict.fromkeys(("k_scale_ptr", "v_scale_ptr"), "*fp16" if case.kv_dtype == "int4" else "*u8")
-        types["global_ptr"] = "*fp32"
+        types |= {"k_ptr": "*u16", "global_ptr": "*fp32"}
     constants = {n: c for n, c in constants.items() if n in kernel.arg_names}
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n.endswith("_ptr")}
@@ -123,7 +123,7 @@ def _opcode(instruction: str) -> str:
 
 
 def main_loop(sass: str) -> list[str]:
-    """Instructions of the loop with the most matrix products (the innermost such loop)."""
+    """Instructions of the innermost loop with the most matrix products."""
     labels: dict[str, int] = {}
     code: list[str] = []
     for line in sass.splitlines():
@@ -131,15 +131,14 @@ def main_loop(sass: str) -> list[str]:
             labels[label.group(1)] = len(code)
         elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?);", line):
             code.append(instruction.group(1).strip())
-    best: tuple[int, list[str]] = (0, code)
+    loops = []
     for at, instruction in enumerate(code):
         target = re.search(r"(\.L_x_\d+)", instruction) if _opcode(instruction) == "BRA" else None
         if target and labels.get(target.group(1), at + 1) <= at:
-            body = code[labels[target.group(1)] : at + 1]
-            products = sum("MMA" in _opcode(i) for i in body)
-            if products > best[0] or (products == best[0] and len(body) < len(best[1])):
-                best = (products, body)
-    return best[1]
+            loops.append((labels[target.group(1)], at + 1))
+    innermost = [(a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)]
+    bodies = [code[a:b] for a, b in innermost] or [code]
+    return max(bodies, key=lambda body: sum("MMA" in _opcode(i) for i in body))
 
 
 def facts(case: DecodeCase) -> dict:

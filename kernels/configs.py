@@ -30,8 +30,8 @@ def _capped(*shapes: tuple[int, int, int], registers: int | None = 168) -> tuple
 # (bits of an element, head_dim, more than 8 query heads a KV head)
 _DECODE = {
     (4, 64, False): _capped((32, 1, 3), registers=None),
-    (4, 128, False): _capped((32, 1, 3), registers=None),
-    (4, 256, False): _capped((32, 2, 3), registers=None),
+    (4, 128, False): _capped((32, 1, 3), (64, 1, 3), registers=None),
+    (4, 256, False): _capped((32, 2, 3), registers=200),
     (4, 64, True): _capped((32, 1, 3), registers=None),
     (4, 128, True): _capped((32, 2, 3), registers=None),
     (4, 256, True): _capped((32, 4, 3), registers=None),

@@ -12,6 +12,7 @@ import triton.language as tl
 
 PLAIN, BITS, PTX = 0, 1, 2
 INT8_BIAS = tl.constexpr(1152.0)
+E2M1_UNIT = tl.constexpr(2.0**-6)
 
 
 @triton.jit
@@ -120,92 +121,43 @@ def unpack_pairs(x16, FORMAT: tl.constexpr, UNPACK: tl.constexpr):
 
 @triton.jit
 def _nibble_to_f16(nibble, FORMAT: tl.constexpr):
-    """Codes 0 to 15 (uint16) to float16: int4 (4) minus 8; e2m1 (5) by moving its bits, 2**-14 of its value."""
+    """Codes 0 to 15 (uint16) to float16: int4 (4) minus 8; e2m1 (5) by moving its bits, 2**-6 of its value."""
     if FORMAT == 4:
         y = (nibble.to(tl.float32) - 8.0).to(tl.float16)
     else:
         moved = ((nibble & 7) << 9) | ((nibble & 8) << 12)
-        y = moved.to(tl.uint16).to(tl.float16, bitcast=True)
+        y = moved.to(tl.uint16).to(tl.float16, bitcast=True) * 256.0
     return y
 
 
 @triton.jit
-def unpack_nibbles(x, FORMAT: tl.constexpr, UNPACK: tl.constexpr):
-    """uint8 bytes of two 4-bit codes to two float16 tensors: low nibbles, high nibbles. FORMAT: 4 int4, 5 e2m1.
-
-    e2m1 comes out as 2**-14 of its value: its three bits become the end of float16's exponent and the start of its
-    mantissa, subnormals alike.
-    """
-    if UNPACK == 0:
-        low = _nibble_to_f16((x & 0xF).to(tl.uint16), FORMAT)
-        high = _nibble_to_f16((x >> 4).to(tl.uint16), FORMAT)
-    elif FORMAT == 4:  # 0x64nn is 1024 + nn; 0x6408 is 1032
-        low, high = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 l, h, zero;
-            mov.b32 zero, 0x64086408;
-            and.b32 l, $4, 0x0F0F0F0F;
-            shr.b32 h, $4, 4;
-            and.b32 h, h, 0x0F0F0F0F;
-            prmt.b32 $0, l, 0x64646464, 0x4140;
-            prmt.b32 $1, l, 0x64646464, 0x4342;
-            prmt.b32 $2, h, 0x64646464, 0x4140;
-            prmt.b32 $3, h, 0x64646464, 0x4342;
-            sub.f16x2 $0, $0, zero;
-            sub.f16x2 $1, $1, zero;
-            sub.f16x2 $2, $2, zero;
-            sub.f16x2 $3, $3, zero;
-            }""",
-            "=&r,=&r,=&r,=&r,r",
-            [x],
-            dtype=(tl.float16, tl.float16),
-            is_pure=True,
-            pack=4,
-        )
-    else:
-        low, high = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 a, b, t;
-            prmt.b32 a, $4, 0, 0x4140;
-            prmt.b32 b, $4, 0, 0x4342;
-            shl.b32 t, a, 9; and.b32 $0, t, 0x0E000E00; shl.b32 t, a, 12; and.b32 t, t, 0x80008000; or.b32 $0, $0, t;
-            shl.b32 t, b, 9; and.b32 $1, t, 0x0E000E00; shl.b32 t, b, 12; and.b32 t, t, 0x80008000; or.b32 $1, $1, t;
-            shl.b32 t, a, 5; and.b32 $2, t, 0x0E000E00; shl.b32 t, a, 8; and.b32 t, t, 0x80008000; or.b32 $2, $2, t;
-            shl.b32 t, b, 5; and.b32 $3, t, 0x0E000E00; shl.b32 t, b, 8; and.b32 t, t, 0x80008000; or.b32 $3, $3, t;
-            }""",
-            "=&r,=&r,=&r,=&r,r",
-            [x],
-            dtype=(tl.float16, tl.float16),
-            is_pure=True,
-            pack=4,
-        )
-    return low, high
-
-
-@triton.jit
 def unpack_words(x, FORMAT: tl.constexpr, UNPACK: tl.constexpr):
-    """uint16 words of four 4-bit codes to four float16 tensors, lowest first. FORMAT: 4 int4, 5 e2m1 (as above)."""
+    """uint16 words of four 4-bit codes to four float16 tensors, lowest first. FORMAT: 4 int4, 5 e2m1.
+
+    e2m1 comes out as `E2M1_UNIT` of its value: its bits sit in an e4m3 code as they are, subnormals alike, and that
+    becomes float16 exactly.
+    """
     if UNPACK == 0:
         a = _nibble_to_f16(x & 0xF, FORMAT)
         b = _nibble_to_f16((x >> 4) & 0xF, FORMAT)
         c = _nibble_to_f16((x >> 8) & 0xF, FORMAT)
         d = _nibble_to_f16(x >> 12, FORMAT)
-    elif FORMAT == 4:
+    elif FORMAT == 4:  # 0x64n0 is 1024 + 16 n: n - 8 after a multiplication by 1/16 and a subtraction of 72
         a, b, c, d = tl.inline_asm_elementwise(
             """{
-            .reg .b32 l, h, zero;
-            mov.b32 zero, 0x64086408;
-            and.b32 l, $4, 0x0F0F0F0F;
-            shr.b32 h, $4, 4;
-            and.b32 h, h, 0x0F0F0F0F;
-            prmt.b32 $0, l, 0x64646464, 0x4240;
-            prmt.b32 $1, h, 0x64646464, 0x4240;
-            prmt.b32 $2, l, 0x64646464, 0x4341;
-            prmt.b32 $3, h, 0x64646464, 0x4341;
-            sub.f16x2 $0, $0, zero;
-            sub.f16x2 $1, $1, zero;
-            sub.f16x2 $2, $2, zero;
-            sub.f16x2 $3, $3, zero;
+            .reg .b32 upper, sixteenth, minus72, minus1032;
+            mov.b32 minus1032, 0xE408E408;
+            mov.b32 minus72, 0xD480D480;
+            mov.b32 sixteenth, 0x2C002C00;
+            shr.u32 upper, $4, 8;
+            lop3.b32 $0, $4, 0x000F000F, 0x64006400, 0xEA;
+            lop3.b32 $1, $4, 0x00F000F0, 0x64006400, 0xEA;
+            lop3.b32 $2, upper, 0x000F000F, 0x64006400, 0xEA;
+            lop3.b32 $3, upper, 0x00F000F0, 0x64006400, 0xEA;
+            add.f16x2 $0, $0, minus1032;
+            fma.rn.f16x2 $1, $1, sixteenth, minus72;
+            add.f16x2 $2, $2, minus1032;
+            fma.rn.f16x2 $3, $3, sixteenth, minus72;
             }""",
             "=&r,=&r,=&r,=&r,r",
             [x],
@@ -213,14 +165,42 @@ def unpack_words(x, FORMAT: tl.constexpr, UNPACK: tl.constexpr):
             is_pure=True,
             pack=2,
         )
-    else:
+    elif UNPACK == 2:  # s0eem00 of an e4m3 code; bytes in the order in which the conversion takes pairs
         a, b, c, d = tl.inline_asm_elementwise(
             """{
-            .reg .b32 t;
+            .reg .b32 bytes, low, high, sign;
+            .reg .b16 first, second;
+            prmt.b32 bytes, $4, 0, 0x3120;
+            shl.b32 sign, bytes, 4;
+            shl.b32 low, bytes, 2;
+            shr.u32 high, bytes, 2;
+            and.b32 low, low, 0x1C1C1C1C;
+            and.b32 high, high, 0x1C1C1C1C;
+            lop3.b32 low, sign, 0x80808080, low, 0xEA;
+            lop3.b32 high, bytes, 0x80808080, high, 0xEA;
+            mov.b32 {first, second}, low;
+            cvt.rn.f16x2.e4m3x2 $0, first;
+            cvt.rn.f16x2.e4m3x2 $2, second;
+            mov.b32 {first, second}, high;
+            cvt.rn.f16x2.e4m3x2 $1, first;
+            cvt.rn.f16x2.e4m3x2 $3, second;
+            }""",
+            "=&r,=&r,=&r,=&r,r",
+            [x],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    else:  # without e4m3 in hardware: bits moved into float16, then times 2**8
+        a, b, c, d = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 t, scale;
+            mov.b32 scale, 0x5C005C00;
             shl.b32 t, $4, 9; and.b32 $0, t, 0x0E000E00; shl.b32 t, $4, 12; and.b32 t, t, 0x80008000; or.b32 $0, $0, t;
             shl.b32 t, $4, 5; and.b32 $1, t, 0x0E000E00; shl.b32 t, $4, 8; and.b32 t, t, 0x80008000; or.b32 $1, $1, t;
             shl.b32 t, $4, 1; and.b32 $2, t, 0x0E000E00; shl.b32 t, $4, 4; and.b32 t, t, 0x80008000; or.b32 $2, $2, t;
             shr.b32 t, $4, 3; and.b32 $3, t, 0x0E000E00; and.b32 t, $4, 0x80008000; or.b32 $3, $3, t;
+            mul.f16x2 $0, $0, scale; mul.f16x2 $1, $1, scale; mul.f16x2 $2, $2, scale; mul.f16x2 $3, $3, scale;
             }""",
             "=&r,=&r,=&r,=&r,r",
             [x],

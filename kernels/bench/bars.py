@@ -16,6 +16,7 @@ import torch
 import triton
 
 from . import decode_attention as decode
+from . import peers
 from . import read_roofline as roofline
 from .choose import choose
 from .decode_attention import DecodeCell
@@ -52,6 +53,8 @@ class Run:
         self.samples = 2 if self.cpu else 30
         self.roof: list[tuple[float, float]] = []
         self.table: list[tuple[str, float, str, bool]] = []
+        self.lines: dict[str, Line] = {}
+        self.not_measured: list[str] = []
 
     def emit(self, record: dict) -> None:
         """Append `record` to the file, at once."""
@@ -122,6 +125,7 @@ class Run:
         slope, intercept = fit([p[:2] for p in points])
         per_token = slope * points[-1][0] / (CONTEXTS[-1] if not self.cpu else 16)
         line = Line(1 / slope, intercept, per_token)
+        self.lines[name] = line
         self.emit({"kind": "line", "name": name, "batch_size": batch, **kind, **line.__dict__})
         large = [fraction for read_bytes, _, fraction in points if read_bytes >= 1e9]
         self.emit({"kind": "absolute", "name": name, "batch_size": batch, "lowest_from_1_gb": min(large, default=None)})
@@ -193,6 +197,28 @@ class Run:
             line, _ = self.family(f"bf16 {what} {value}", kv_dtype="bf16", scale_granularity="none", **kind)
             self.bar(f"bf16 {what} {value} slope / roofline", line.bytes_per_s / roof, ">= 0.95")
 
+    def peer_bars(self, batch: int = 16) -> None:
+        """FlashAttention-3 and XQA on the same caches, where they are installed: their slopes over ours."""
+        kinds = (("bf16", {"kv_dtype": "bf16", "scale_granularity": "none"}, 1.0, 1.0), ("fp8 tensor", {}, 1.3, 1.0))
+        for name in peers.PEERS:
+            if self.cpu or (reason := peers.missing(name)):
+                self.not_measured.append(f"{name}: {'it needs a GPU' if self.cpu else reason}")
+                continue
+            for layout in ("HND", "NHD"):
+                for kind, options, wanted_of_vllm, wanted_of_xqa in kinds:
+                    cell = DecodeCell((CONTEXTS[0],) * batch, layout=layout, **options)
+                    try:
+                        records = [peers.measure(name, replace(cell, seq_lens=(n,) * batch)) for n in CONTEXTS]
+                    except (ImportError, RuntimeError) as error:
+                        self.not_measured.append(f"{name}, {kind} {layout}: {str(error).splitlines()[0]}")
+                        continue
+                    for record in records:
+                        self.emit(record)
+                    slope, _ = fit([(r["read_bytes"], r["time_s"]) for r in records])
+                    wanted = wanted_of_vllm if name == "vllm" else wanted_of_xqa
+                    ratio = slope * self.lines[f"{kind} {layout}"].bytes_per_s
+                    self.bar(f"{records[0]['label']} slope / ours, {kind} {layout}", ratio, f">= {wanted}")
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Run all bars and print them."""
@@ -207,6 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
     roof = run.read()
     run.main_bars(roof)
     run.shape_bars(roof)
+    run.peer_bars()
     if not run.cpu:
         run.read()
     if run.cpu:
@@ -214,6 +241,8 @@ def main(arguments: list[str] | None = None) -> None:
     for name, value, bound, passed in run.table:
         verdict = "  --" if run.cpu else "pass" if passed else "MISS"
         print(f"{verdict}  {value:10.4f}  {bound:>10}  {name}")
+    for line in run.not_measured:
+        print(f"not measured  {line}")
 
 
 if __name__ == "__main__":

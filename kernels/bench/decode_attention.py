@@ -99,7 +99,12 @@ def graph_repeats(read_bytes: int, device: str) -> int:
 def measure(
     cell: DecodeCell, *, layers: int = 2, device: str = "cuda", samples: int = 30, warmup: int = 8, seed: int = 0
 ) -> dict:
-    """Time `cell` over `layers` disjoint caches in one graph: a record in SI units with the compiled kernel's facts."""
+    """Time `cell` over `layers` disjoint caches in one graph: a record in SI units with the compiled kernel's facts.
+
+    Memory is handed back to the driver first: carved out of a larger freed block, a cache of 1 GB has read 12% slower.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
     plan, caches, q, _ = build(cell, cell.seq_lens, layers, device, seed)
     outs = [torch.empty_like(q) for _ in caches]
 

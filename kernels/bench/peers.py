@@ -149,6 +149,8 @@ def measure(
         raise ImportError(reason)
     if reason := unsupported(name, cell):
         raise ValueError(reason)
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
     peer = PEERS[name](device)
     small = replace(cell, seq_lens=GATE_LENGTHS)
     _, (cache,), q, _ = build(small, small.seq_lens, 1, device, seed)

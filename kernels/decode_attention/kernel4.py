@@ -1,40 +1,33 @@
 """Decode attention over 4-bit caches: int4 (an FP16 scale for 32 numbers), nvfp4 (an e4m3 scale for 16, one FP32).
 
-The scheme is `kernel`'s; what differs is the row. A byte holds dims 2i (low nibble) and 2i + 1. K bytes give two tiles,
-even and odd dims; V is loaded as 16-bit words of four dims and gives four. Codes become float16 exactly and take their
-block's scale there (nvfp4: e2m1 times e4m3 has at most 6 significant bits and stays exact but for the smallest
-products; int4 rounds once, to 11 bits).
+The scheme is `kernel`'s; what differs is the row. A byte holds dims 2i (low nibble) and 2i + 1; K and
+V are loaded as 16-bit words of four dims, each of which gives four tiles of every fourth dim. Codes become float16
+exactly and take their block's scale there (nvfp4: e2m1 times e4m3 has at most 6 significant bits and stays exact; int4
+rounds once, to 11 bits).
 """
 
 import triton
 import triton.language as tl
 
 from ..schedule import batch_tiles, chunk_of_tile, chunk_start, sequence_tiles, used_chunks
-from ..unpack import unpack_elements, unpack_nibbles, unpack_words
+from ..unpack import E2M1_UNIT, unpack_elements, unpack_words
 from .kernel import MIN_TILES, NOT_SPECIALISED, OFFSET, join_pieces, piece_slot
 
 
 @triton.jit
 def _block_scales(ptr, at, FORMAT: tl.constexpr, UNPACK: tl.constexpr):
-    """Scales at `at` as float16; nvfp4's times 2**7, which float16 holds and the small e2m1 factors need."""
+    """Scales at `at` as float16."""
     scales = tl.load(ptr + at)
     if FORMAT == 5:
-        scales = unpack_elements(scales, 1, UNPACK) * 128.0
+        scales = unpack_elements(scales, 1, UNPACK)
     return scales
 
 
 @triton.jit
-def _scaled_values(acc, v, scales, weights, decay, ROWS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Return acc * decay + (v * scales) weights for V `[ROWS, BLOCK_N]` and scales `[BLOCKS, BLOCK_N]`."""
-    v = tl.reshape(v, [BLOCKS, ROWS // BLOCKS, BLOCK_N]) * scales[:, None, :]
-    return tl.dot(tl.reshape(v, [ROWS, BLOCK_N]), weights, acc * decay[None, :])
-
-
-@triton.jit
-def _scaled_logits(logits, k, scales, q, BLOCKS: tl.constexpr, HALF: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Return logits + (k * scales) q for K `[BLOCK_N, HALF]` and scales `[BLOCK_N, BLOCKS]`."""
-    k = tl.reshape(k, [BLOCK_N, BLOCKS, HALF // BLOCKS]) * scales[:, :, None]
-    return tl.dot(tl.reshape(k, [BLOCK_N, HALF]), q, logits)
+def _spread(scales, WORDS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Scales of the words, `[WORDS, BLOCK_N]`, from those of the blocks, `[BLOCKS, BLOCK_N]`."""
+    each = tl.broadcast_to(scales[:, None, :], [BLOCKS, WORDS // BLOCKS, BLOCK_N])
+    return tl.reshape(each, [WORDS, BLOCK_N])
 
 
 @triton.jit
@@ -50,8 +43,8 @@ def _store_words(ptr, acc0, acc1, acc2, acc3, columns_ok, ROWS: tl.constexpr):
 @triton.jit(do_not_specialize=NOT_SPECIALISED)
 def attend4(
     q_ptr,
-    k_ptr,  # uint8
-    v_ptr,  # uint16
+    k_ptr,  # uint16
+    v_ptr,
     k_scale_ptr,  # FP16, or e4m3 codes as uint8
     v_scale_ptr,
     sink_ptr,
@@ -74,7 +67,7 @@ def attend4(
     stride_v_page,
     stride_v_token,
     stride_v_head,
-    stride_scale_page,
+    stride_scale_page,  # of scales in rows, so that the compiler sees how they are aligned
     stride_scale_token,
     stride_scale_head,
     stride_table_row,
@@ -116,16 +109,14 @@ def attend4(
     last_seq = tl.sum((ends < end_tile).to(tl.int32), 0)
     seq_start = tl.sum(tl.where(rows < first_seq, tiles, 0), 0)
 
-    HALF: tl.constexpr = D // 2
     WORDS: tl.constexpr = D // 4
     BLOCKS: tl.constexpr = D // 32 if FORMAT == 4 else D // 16
     heads = tl.arange(0, GP)
-    half = tl.arange(0, HALF)
     words = tl.arange(0, WORDS)
     blocks = tl.arange(0, BLOCKS)
     slots = tl.arange(0, BLOCK_N)
     head_ok = heads < G
-    unit: tl.constexpr = 1.0 if FORMAT == 4 else 128.0  # e2m1 comes as 2**-14 of itself, its scale as 2**7
+    unit: tl.constexpr = 1.0 if FORMAT == 4 else 1.0 / E2M1_UNIT
     logit_scale = scale_log2e * unit * tl.load(global_ptr)
     v_scale = unit * tl.load(global_ptr + 1)
     for seq in tl.range(first_seq, last_seq + 1, num_stages=1):
@@ -139,8 +130,11 @@ def attend4(
         table = block_table_ptr + seq * stride_table_row.to(tl.int64)
         last_page = (tl.maximum(seq_len, 1) - 1) // PAGE
         q_at = q_ptr + seq * stride_q_batch.to(tl.int64) + (kv_head * G + heads)[None, :] * stride_q_head
-        q_even = tl.load(q_at + 2 * half[:, None], mask=head_ok[None, :], other=0.0).to(tl.float16)
-        q_odd = tl.load(q_at + 2 * half[:, None] + 1, mask=head_ok[None, :], other=0.0).to(tl.float16)
+        q_at += 4 * words[:, None]
+        q0 = tl.load(q_at, mask=head_ok[None, :], other=0.0).to(tl.float16)
+        q1 = tl.load(q_at + 1, mask=head_ok[None, :], other=0.0).to(tl.float16)
+        q2 = tl.load(q_at + 2, mask=head_ok[None, :], other=0.0).to(tl.float16)
+        q3 = tl.load(q_at + 3, mask=head_ok[None, :], other=0.0).to(tl.float16)
         peak = tl.full([GP], float("-inf"), tl.float32)
         weight_sum = tl.zeros([BLOCK_N, GP], tl.float32)
         acc0 = tl.zeros([WORDS, GP], tl.float32)
@@ -159,15 +153,20 @@ def attend4(
             valid = slots < seq_len - token
             if WINDOW:
                 valid = valid & (slots >= first_token - token)
-            k_rows = (pages * stride_k_page + in_page * stride_k_token + kv_head * stride_k_head).to(tl.int64) * 16
+            k_rows = (pages * stride_k_page + in_page * stride_k_token + kv_head * stride_k_head).to(tl.int64) * 8
             v_rows = (pages * stride_v_page + in_page * stride_v_token + kv_head * stride_v_head).to(tl.int64) * 8
-            scale_rows = pages * stride_scale_page + in_page * stride_scale_token + kv_head * stride_scale_head
-            k = tl.load(k_ptr + k_rows[:, None] + half[None, :])
-            k_even, k_odd = unpack_nibbles(k, FORMAT, UNPACK)
-            k_scales = _block_scales(k_scale_ptr, scale_rows[:, None] + blocks[None, :], FORMAT, UNPACK)
+            scale_rows = (
+                pages * stride_scale_page + in_page * stride_scale_token + kv_head * stride_scale_head
+            ) * BLOCKS
+            k = tl.load(k_ptr + k_rows[:, None] + words[None, :])
+            k0, k1, k2, k3 = unpack_words(k, FORMAT, UNPACK)
+            k_scales = _block_scales(k_scale_ptr, scale_rows[None, :] + blocks[:, None], FORMAT, UNPACK)
+            k_scales = tl.trans(_spread(k_scales, WORDS, BLOCKS, BLOCK_N))
             logits = tl.zeros([BLOCK_N, GP], tl.float32)
-            logits = _scaled_logits(logits, k_even, k_scales, q_even, BLOCKS, HALF, BLOCK_N)
-            logits = _scaled_logits(logits, k_odd, k_scales, q_odd, BLOCKS, HALF, BLOCK_N)
+            logits = tl.dot(k0 * k_scales, q0, logits)
+            logits = tl.dot(k1 * k_scales, q1, logits)
+            logits = tl.dot(k2 * k_scales, q2, logits)
+            logits = tl.dot(k3 * k_scales, q3, logits)
             logits *= logit_scale
             if SOFT_CAP:
                 logits = soft_cap - 2.0 * soft_cap / (1.0 + tl.exp2(logits * (2.8853900817779268 / soft_cap)))
@@ -181,10 +180,11 @@ def attend4(
             v = tl.load(v_ptr + v_rows[None, :] + words[:, None])
             v0, v1, v2, v3 = unpack_words(v, FORMAT, UNPACK)
             v_scales = _block_scales(v_scale_ptr, scale_rows[None, :] + blocks[:, None], FORMAT, UNPACK)
-            acc0 = _scaled_values(acc0, v0, v_scales, w, decay, WORDS, BLOCKS, BLOCK_N)
-            acc1 = _scaled_values(acc1, v1, v_scales, w, decay, WORDS, BLOCKS, BLOCK_N)
-            acc2 = _scaled_values(acc2, v2, v_scales, w, decay, WORDS, BLOCKS, BLOCK_N)
-            acc3 = _scaled_values(acc3, v3, v_scales, w, decay, WORDS, BLOCKS, BLOCK_N)
+            v_scales = _spread(v_scales, WORDS, BLOCKS, BLOCK_N)
+            acc0 = tl.dot(v0 * v_scales, w, acc0 * decay[None, :])
+            acc1 = tl.dot(v1 * v_scales, w, acc1 * decay[None, :])
+            acc2 = tl.dot(v2 * v_scales, w, acc2 * decay[None, :])
+            acc3 = tl.dot(v3 * v_scales, w, acc3 * decay[None, :])
 
         total_weight = tl.sum(weight_sum, 0)
         lse = peak - OFFSET + tl.log2(total_weight)

@@ -147,12 +147,14 @@ class DecodePlan:
         if cache.scale_granularity == "token_head":
             scale_strides = k_scale.transpose(1, 2).stride()
         elif cache.scale_granularity == "block":
-            scale_strides = k_scale.transpose(1, 2).stride()[:3]
+            scale_strides = tuple(s // k_scale.shape[-1] for s in k_scale.transpose(1, 2).stride()[:3])
         elif cache.scale_granularity == "token_head_inline":
             k_scale, v_scale = cache.k.view(torch.float32), cache.v.view(torch.float32)
-        v = cache.v if cache.fmt.element_bits == 16 else cache.v.view(torch.uint16)
+        k, v = cache.k, cache.v if cache.fmt.element_bits == 16 else cache.v.view(torch.uint16)
+        if cache.fmt.element_bits == 4:
+            k = k.view(torch.uint16)
         args = (
-            *(q, cache.k, v, k_scale, v_scale, q if self.sinks is None else self.sinks),
+            *(q, k, v, k_scale, v_scale, q if self.sinks is None else self.sinks),
             *(cache.block_table, cache.seq_lens, out, self._partial, self._partial_lse, self._arrived),
             *self._scalars,
             *(self.batch, self.num_chunks, q.stride(0), q.stride(1)),
