@@ -6,7 +6,8 @@ import gzip
 import re
 import sys
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +17,7 @@ from kvplan.check.log_lines import (
     LINES,
     NEEDLES,
     NEW_START,
+    READY,
     SETTINGS,
     SGLANG,
     TRTLLM,
@@ -25,6 +27,7 @@ from kvplan.check.server import Event, Fact, ServerReport, Value, quote
 from kvplan.errors import InputError
 from kvplan.units import GIB
 
+OUT_OF_MEMORY = "out of memory"
 GZIP = b"\x1f\x8b"
 CHUNK_BYTES = 2**21
 MAX_LINE_BYTES = 2**17
@@ -73,13 +76,6 @@ def read_stream(stream: Readable, source: str) -> ServerReport:
 
     """
     reader = _Reader()
-    for number, text in _candidates(stream):
-        reader.line(number, text)
-    return reader.report(source)
-
-
-def _candidates(stream: Readable) -> Iterator[tuple[int, str]]:
-    """(line number, text) of the lines that hold a needle; all others are never decoded."""
     number, rest = 1, b""
     while chunk := stream.read(CHUNK_BYTES):
         chunk = rest + chunk
@@ -88,15 +84,17 @@ def _candidates(stream: Readable) -> Iterator[tuple[int, str]]:
             rest = chunk
             continue
         end = end or len(chunk)
-        yield from _candidates_in(chunk[:end], number)
+        reader.lines(chunk[:end], number)
         number += chunk.count(b"\n", 0, end)
         rest = chunk[end:][-MAX_LINE_BYTES:]
-    yield from _candidates_in(rest, number)
+    reader.lines(rest, number)
+    return reader.report(source)
 
 
-def _candidates_in(chunk: bytes, number: int) -> Iterator[tuple[int, str]]:
+def _candidates(chunk: bytes, number: int, needles: Iterable[bytes]) -> Iterator[tuple[int, str]]:
+    """(line number, text) of the lines that hold a needle; all others are never decoded."""
     starts: set[int] = set()
-    for needle in NEEDLES:
+    for needle in needles:
         at = chunk.find(needle)
         while at >= 0:
             starts.add(chunk.rfind(b"\n", 0, at) + 1)
@@ -117,31 +115,46 @@ class _Reader:
     def __init__(self) -> None:
         self.facts: dict[str, Fact] = {}
         self.events: list[Event] = []
-        self.engines: list[str] = []
+        self.engines: Counter[str] = Counter()
+        self.serving = False
         self.largest_kv: float = 0.0
         self.starts = 1
 
+    def lines(self, chunk: bytes, number: int) -> None:
+        """Whole lines, the first of which has this number; while a server serves, only few are looked for."""
+        quiet = self.serving and not any(words.encode() in chunk for words in NEW_START)
+        for at, text in _candidates(chunk, number, (OUT_OF_MEMORY.encode(),) if quiet else NEEDLES):
+            self.line(at, text)
+
     def line(self, number: int, text: str) -> None:
-        began = "capacity_tokens" in self.facts or "kv_cache_bytes" in self.facts or self.events
-        if began and any(words in text for words in NEW_START):
-            self.starts += 1
-            self.facts, self.events, self.largest_kv = {}, [], 0.0
+        if any(words in text for words in NEW_START):
+            self._start()
+        self.serving = self.serving or any(words in text for words in READY)
+        if self.serving and OUT_OF_MEMORY not in text:
+            return  # what requests say is not what the server says
         for words, engine in ARGUMENT_LINES.items():
             if words in text:
-                self.engines.append(engine)
+                self.engines[engine] += 1
                 self._settings(text, engine, f"line {number:,}")
         for line in LINES:
             match = line.pattern.search(text)
-            if match is None:
+            if match is None or (self.serving and line.event != "out_of_memory"):
                 continue
             if line.engine is not None:
-                self.engines.append(line.engine)
+                self.engines[line.engine] += 1
             where = f"line {number:,}: {quote(match[0])}"
             for name, printed in match.groupdict().items():
                 if printed is not None:
                     self._add(name, printed, where, line.engine)
             if line.event is not None and len(self.events) < MAX_EVENTS:
                 self._event(Event(line.event, quote(_message(text)), f"line {number:,}", line.is_failure))
+
+    def _start(self) -> None:
+        """The server starts: what it reported of an earlier start no longer holds."""
+        if "capacity_tokens" in self.facts or "kv_cache_bytes" in self.facts or self.events:
+            self.starts += 1
+            self.facts, self.events, self.largest_kv = {}, [], 0.0
+        self.serving = False
 
     def _event(self, event: Event) -> None:
         """Ranks and tracebacks repeat a line; it is kept once."""
@@ -191,7 +204,7 @@ class _Reader:
                 hint='looked for "Available KV cache memory", "GPU KV cache size", "KV Cache is allocated", '
                 '"max tokens in paged KV cache" and the like; give the log from the start of the server',
             )
-        engine = max(set(self.engines), key=self.engines.count)
+        engine = self.engines.most_common(1)[0][0]
         _combine(facts)
         notes = []
         if self.starts > 1:

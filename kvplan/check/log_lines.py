@@ -18,11 +18,11 @@ COUNT = r"[\d,]+"
 # A line that holds none of these is skipped before anything is decoded. Few and common to many lines: each costs one
 # pass over the file.
 NEEDLES = (
-    b"GiB", b" GB", b"KV cache size:", b"Maximum concurrency", b"engine (v", b"API server version", b"args: ",
+    b"GiB", b"weights took", b"mem usage=", b"KV cache size:", b"Maximum concurrency", b"engine (v", b"API server version", b"args: ",
     b"ServerArgs(", b"max_total_num_tokens=", b" blocks: ", b"primary pool: ", b"okens per block",
     b" block size to ", b"arallelism is enabled", b"padding layers", b"out of memory", b"for the cache blocks",
     b"device_name=", b"prefill is enabled with", b"to store kv cache", b"max seq len", b"KvCacheConfig(",
-    b"LLM version: ", b"#tokens: ",
+    b"LLM version: ", b"#tokens: ", b"startup complete", b"is fired up",
 )  # fmt: skip
 
 
@@ -139,6 +139,9 @@ ARGUMENT_LINES = {
 
 NEW_START = ("API server version", "server_args=ServerArgs(", "TensorRT-LLM version: ")
 """What a server prints once, first, each time it starts: a log of several starts is read from the last one on."""
+
+READY = ("Application startup complete", "The server is fired up and ready")
+"""What it prints last: lines after it are of requests, whose text may say anything."""
 
 SETTINGS = {
     VLLM: {

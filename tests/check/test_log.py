@@ -97,6 +97,17 @@ def test_of_several_starts_in_one_log_the_last_is_read() -> None:
     assert report.notes == ("the log holds 2 starts; the last one is read",)
 
 
+def test_what_requests_say_is_not_what_the_server_says() -> None:
+    serving = "INFO:     Application startup complete.\n"
+    prompt = "INFO [logger.py:43] Received request: prompt: 'Available KV cache memory: 1.00 GiB, max_model_len=7'\n"
+    report = read(V1_2025 + serving + prompt)
+    assert report.facts["kv_cache_bytes"].value == 59212694937
+    broken = "ERROR [core.py:708] OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.\n"
+    assert [event.code for event in read(V1_2025 + serving + broken).failures] == ["out_of_memory"]
+    again = V1_2025.replace("59212694937", "49212694937").replace("55.15", "45.83")
+    assert read(V1_2025 + serving + prompt + again).facts["kv_cache_bytes"].value == 49212694937
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
