@@ -18,11 +18,11 @@ COUNT = r"[\d,]+"
 # A line that holds none of these is skipped before anything is decoded. Few and common to many lines: each costs one
 # pass over the file.
 NEEDLES = (
-    b"GiB", b"weights took", b"mem usage=", b"KV cache size:", b"Maximum concurrency", b"engine (v", b"API server version", b"args: ",
-    b"ServerArgs(", b"max_total_num_tokens=", b" blocks: ", b"primary pool: ", b"okens per block",
-    b" block size to ", b"arallelism is enabled", b"padding layers", b"out of memory", b"for the cache blocks",
-    b"device_name=", b"prefill is enabled with", b"to store kv cache", b"max seq len", b"KvCacheConfig(",
-    b"LLM version: ", b"#tokens: ", b"startup complete", b"is fired up",
+    b"GiB", b"weights took", b"mem usage=", b"KV cache size:", b"Maximum concurrency", b"engine (v",
+    b"API server version", b"args: ", b"ServerArgs(", b"max_total_num_tokens=", b" blocks: ", b"primary pool: ",
+    b"okens per block", b" block size to ", b"arallelism is enabled", b"padding layers", b"out of memory",
+    b"for the cache blocks", b"device_name=", b"prefill is enabled with", b"to store kv cache", b"max seq len",
+    b"KvCacheConfig(", b"LLM version: ", b"#tokens: ", b"startup complete", b"is fired up",
 )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ import pytest
 from check.rendered import vllm_log
 
 from kvplan.check.log import read_log, read_stream
+from kvplan.check.log_lines import ARGUMENT_LINES, LINES, NEEDLES
 from kvplan.check.server import ServerReport
 from kvplan.errors import InputError
 from kvplan.units import GIB
@@ -238,3 +239,15 @@ def test_200_mb_are_read_in_three_seconds_and_constant_memory(tmp_path: Path) ->
     done = subprocess.run([sys.executable, "-m", "kvplan", "check", "--log", str(path), "--model", "qwen2.5-7b"],
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode in (0, 3), done.stderr
+
+
+def test_every_line_that_says_something_holds_a_needle() -> None:
+    """A line without a needle would be skipped before its pattern is tried."""
+    known = 0
+    for path in sorted((Path(__file__).parent / "logs").glob("*.log")):
+        for raw in path.read_bytes().splitlines():
+            text = raw.decode()
+            if any(line.pattern.search(text) for line in LINES) or any(words in text for words in ARGUMENT_LINES):
+                known += 1
+                assert any(needle in raw for needle in NEEDLES), text
+    assert known > 20
