@@ -152,7 +152,7 @@ def bundled_sibling(name: str) -> tuple[str | None, str | None]:
 
     ``RedHatAI/Llama-3.3-70B-Instruct-FP8-dynamic`` → ``("llama-3.3-70b", "fp8")``.
     """
-    words = name.rstrip("/").split("/")[-1].lower().split("-")
+    words = name.rstrip("/").split("/")[-1].lower().removeprefix("meta-").split("-")
     stored = None
     while words:
         found = profiles.find("models", "-".join(words))

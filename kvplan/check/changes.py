@@ -49,7 +49,8 @@ def rule_changes(report: ServerReport, basis: Basis, plan: SizePlan) -> Iterator
             yield Change("engine_version", {"engine_version": version},
                          f"the formulas of vLLM {version}, not {plan.request.engine_version}",
                          "give the server's version with --engine-version")  # fmt: skip
-    windows = plan.model is not None and "sliding" in plan.model.layer_kinds
+    kinds = plan.model.layer_kinds.keys() if plan.model is not None else set()
+    windows = kinds & {"sliding", "chunked", "compressed"}
     for tokens in (2048, 8192, 16384) if windows else ():
         if tokens != plan.request.max_num_batched_tokens:
             yield Change("max_num_batched_tokens", {"max_num_batched_tokens": tokens},

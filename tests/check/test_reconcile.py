@@ -221,7 +221,12 @@ def test_a_context_beyond_the_servers_longest_request_is_drift() -> None:
 
 def test_hub_ids_paths_and_cache_folders_find_the_model_they_name() -> None:
     cached = "/root/.cache/huggingface/hub/models--meta-llama--Llama-3.1-8B-Instruct/snapshots/0e9e39f"
-    for stated in ("/models/Llama-3.1-8B-Instruct", "RedHatAI/Llama-3.1-8B-Instruct-FP8-dynamic", cached):
+    for stated in (
+        "/models/Llama-3.1-8B-Instruct",
+        "RedHatAI/Llama-3.1-8B-Instruct-FP8-dynamic",
+        "hugging-quants/Meta-Llama-3.1-8B-Instruct-FP8",
+        cached,
+    ):
         result = held(log(model=stated, weights=8.5 if "FP8" in stated else 14.99), gpu="h100")
         assert result.plan.model is not None and result.plan.model.name == "llama-3.1-8b"
         assert result.notes or "models--" in stated
