@@ -97,12 +97,8 @@ def _drawn_points(line: ItlLine) -> tuple[tuple[float, float], ...]:
 
 def sentence(line: ItlLine) -> str:
     """Intercept, slope, ratio with its source, break-even, and where the KV ends."""
-    left = line.served.available_bytes
-    if left is not None and left <= 0:
-        return (
-            f"{line.label}: does not fit: weights and the engine's own memory exceed usable memory by "
-            f"{format_bytes(-left)} a GPU before any KV, so there is no line to quote."
-        )
+    if _is_too_large(line.served):
+        return f"{line.label}: {_too_large(line.served)}, so there is no line to quote."
     batch = line.plans[0].point.batch_size or 1
     slope = line.slope_s_per_token * 1024
     text = (
@@ -127,6 +123,16 @@ def sentence(line: ItlLine) -> str:
     return f"{text}; {_ending(line)}."
 
 
+def _is_too_large(served: Served) -> bool:
+    """Whether nothing is left for KV."""
+    return served.available_bytes is not None and served.available_bytes <= 0
+
+
+def _too_large(served: Served) -> str:
+    short = format_bytes(-(served.available_bytes or 0))
+    return f"does not fit: weights and the engine's own memory exceed usable memory by {short} a GPU before any KV"
+
+
 def _ending(line: ItlLine) -> str:
     if not line.memory_known:
         return "memory unknown, so nothing is said about what fits"
@@ -146,10 +152,13 @@ def show_load(page: Page, plans: list[tuple[str, ItlPlan, Served]], *, explain: 
     """TPOT and TTFT of each plan."""
     _headlines(page, [(served, plan) for _, plan, served in plans])
     rows = []
-    for label, plan, _ in plans:
+    for label, plan, served in plans:
         assert plan.load is not None
         load = plan.load
         (low, high), (first, last) = load.tpot_interval_s, load.ttft_interval_s
+        if _is_too_large(served):
+            rows.append([label, "0", "–", "does not fit", "–", "–", "–"])
+            continue
         rows.append(
             [
                 label,
@@ -163,8 +172,11 @@ def show_load(page: Page, plans: list[tuple[str, ItlPlan, Served]], *, explain: 
         )
     page.table(["", "running", "TPOT", "80%, ms", "TTFT", "80%, s", "tok/s/GPU"], rows, right=(1, 2, 3, 4, 5, 6))
     page.line()
-    for label, plan, _ in plans:
+    for label, plan, served in plans:
         assert plan.load is not None
+        if _is_too_large(served):
+            page.line(f"{label}: {_too_large(served)}.")
+            continue
         share = plan.load.prefill_wait_s / plan.load.tpot_s
         waiting = (
             ""

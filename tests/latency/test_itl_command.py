@@ -249,3 +249,5 @@ def test_a_model_whose_weights_do_not_fit_has_no_line_to_quote(kvplan_cli: Calla
     ran = kvplan_cli("itl", "--model", "70b", "--gpu", "h100", "--ctx", "8k")
     assert ran.code == 0 and "per 1k tokens" not in ran.out
     assert "does not fit: weights and the engine's own memory exceed usable memory" in " ".join(ran.out.split())
+    load = kvplan_cli("itl", "--model", "70b", "--gpu", "h100", "--isl", "2k", "--osl", "256", "--concurrency", "8")
+    assert load.code == 0 and "does not fit" in load.out and "tok/s/GPU" in load.out and "of TPOT" not in load.out
