@@ -28,11 +28,18 @@ Url = Annotated[
 Seconds = Annotated[
     float,
     typer.Option(
-        "--seconds", help="Read /metrics twice, so far apart; latency is of that time.", rich_help_panel=SERVER
+        "--seconds",
+        min=0,
+        max=3600,
+        help="Read /metrics twice, so far apart; latency is of that time.",
+        rich_help_panel=SERVER,
     ),
 ]
 Timeout = Annotated[
-    float, typer.Option("--timeout", help="Seconds one HTTP request may take in all.", rich_help_panel=SERVER)
+    float,
+    typer.Option(
+        "--timeout", min=0.1, max=3600, help="Seconds one HTTP request may take in all.", rich_help_panel=SERVER
+    ),
 ]
 CaFile = Annotated[
     str | None, typer.Option("--ca-file", help="Certificates (PEM) to trust for https.", rich_help_panel=SERVER)

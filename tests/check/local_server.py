@@ -16,7 +16,7 @@ TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
 @dataclass
 class Answer:
-    """One answer, and how it is spoilt."""
+    """One answer, how it is spoilt, and what follows it when it is asked for again (itself, when None)."""
 
     body: bytes = b""
     status: int = 200
@@ -26,15 +26,24 @@ class Answer:
     cut: bool = False
     wait_s: float = 0.0
     drip_s: float = 0.0
+    then: Answer | None = None
 
 
 @contextmanager
-def serving(answers: dict[str, Answer], certificate: tuple[str, str] | None = None) -> Iterator[str]:
-    """A server for as long as the block lasts; yields its address. Paths that ``answers`` lacks are 404."""
+def serving(answers: dict[str, Answer], certificate: tuple[str, str] | None = None, key: str | None = None
+            ) -> Iterator[str]:  # fmt: skip
+    """A server for as long as the block lasts; yields its address.
+
+    Paths that ``answers`` lacks are 404, and without ``key`` (when there is one) everything is 401.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             answer = answers.get(self.path, Answer(b"Not Found", 404))
+            if key is not None and self.headers.get("Authorization") != f"Bearer {key}":
+                answer = Answer(b"", 401)
+            if answer.then is not None:
+                answers[self.path] = answer.then
             time.sleep(answer.wait_s)
             body = gzip.compress(answer.body) if answer.gzipped else answer.body
             self.send_response(answer.status)

@@ -120,6 +120,14 @@ def test_two_readings_give_the_latency_of_the_time_between_them() -> None:
     assert report_of("x", last, None, [], {}).value("itl_s") == pytest.approx(0.015)
 
 
+def test_seconds_reads_the_server_twice() -> None:
+    metrics = Answer(vllm(itl_s=0.104), then=Answer(vllm(itl_s=(0.104 + 0.0104) / 2, requests=200)))
+    result = check(server(**{"/metrics": metrics}), seconds=0.05)
+    assert term(result, "itl_s").observed == pytest.approx(0.0104)
+    assert "between two scrapes" in term(result, "itl_s").where
+    assert result.agrees
+
+
 def test_sglang_reports_tokens_and_page_size() -> None:
     text = (
         b'# TYPE sglang:max_total_num_tokens gauge\nsglang:max_total_num_tokens{model_name="llama-3.1-8b"} 450000.0\n'
@@ -244,6 +252,14 @@ def test_the_command_ends_with_the_documented_exit_codes(kvplan_cli: Callable[..
                   ["check", "--log", str(tmp_path)], ["check", "--url", url, "--tolerance", "7"]):  # fmt: skip
         wrong = kvplan_cli(*words)
         assert wrong.code in (2, 4) and wrong.err.count("\n") == 1 and wrong.out == "", wrong
+
+
+def test_a_key_is_taken_from_the_environment_only(kvplan_cli: Callable[..., Ran]) -> None:
+    with serving(server(), key="secret") as url:
+        words = ("check", "--url", url, "--gpu", "h100")
+        assert kvplan_cli(*words, env={"KVPLAN_API_KEY": "secret"}).code == 0
+        refused = kvplan_cli(*words)
+    assert refused.code == 2 and "set KVPLAN_API_KEY" in refused.err and "secret" not in refused.err
 
 
 def test_a_scenario_states_what_was_planned(kvplan_cli: Callable[..., Ran], tmp_path: Path) -> None:
