@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kvplan.check.basis import Basis
+from kvplan.check.basis import Basis, basis_of
 from kvplan.check.result import Term, Unit, Verdict
 from kvplan.check.server import Fact, ServerReport, Value
 from kvplan.dtypes import canonical_kv_dtype
@@ -185,11 +185,12 @@ def _needs(report: ServerReport, plan: SizePlan, tolerance: float) -> Iterator[T
 
 
 def _demand(report: ServerReport, basis: Basis) -> Iterator[Term]:
-    """The requests that were planned for, against what the server's own KV memory holds of them."""
+    """The requests that were planned for, against what the server's own KV memory holds of them as it is set."""
     kv, wanted = report.facts.get("kv_cache_bytes"), basis.given.get("batch_size")
     if kv is None or wanted is None or kv.number <= 0:
         return
-    held = plan_of(basis, kv_cache_memory_bytes=int(kv.number)).answers
+    unreported = {name: value for name, value in basis.given.items() if name not in report.facts}
+    held = plan_of(basis_of(report, unreported), kv_cache_memory_bytes=int(kv.number)).answers
     verdict: Verdict = "agrees" if (held.max_batch_at_context or 0) >= wanted else "drifted"
     label = f"requests of {held.context_tokens:,}"
     where = f"KV memory, {kv.where}"

@@ -211,6 +211,8 @@ def test_the_requests_planned_for_are_held_against_the_servers_own_memory() -> N
     enough, short = (held(log(), gpu="h100", context_tokens=32768, batch_size=n) for n in (13, 14))
     assert enough.agrees and not short.agrees
     assert (term(short, "batch_size").planned, term(short, "batch_size").observed) == (14, 13)
+    hoped = held(log(), gpu="h100", context_tokens=32768, batch_size=14, kv_cache_dtype="fp8")
+    assert term(hoped, "batch_size").observed == 13  # the server runs 16 bits, whatever was planned
 
 
 def test_a_context_beyond_the_servers_longest_request_is_drift() -> None:
