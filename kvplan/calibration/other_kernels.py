@@ -1,4 +1,4 @@
-"""The other measured parts of a decode step: all-reduce and latent (MLA) decode attention, each with a small form.
+"""Other measured parts of a decode step: all-reduce and latent (MLA) decode attention, each with a small form.
 
 All-reduce of n bytes over g GPUs: ``t = launch_s + bytes / bandwidth`` (the α–β model; Hockney 1994). MLA decode of B
 sequences of N tokens with H query heads on one latent of 512 + 64 elements of e bytes::
@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import gzip
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 from kvplan.calibration.attention_fit import summary
 from kvplan.calibration.attention_model import Parameter
-from kvplan.calibration.map_fit import fit
+from kvplan.calibration.map_fit import Fit, fit
 from kvplan.errors import InputError
 from kvplan.gpu import GpuSpec
 
@@ -65,66 +66,131 @@ def mla_s(theta: Array, batch: Array, context: Array, heads: Array, element_byte
     return np.asarray(launch + chain * np.log2(1 + context / 256) + body)
 
 
+@dataclass(frozen=True)
+class Table:
+    """A measured table: latency of each row, the entry it belongs to, quantities whose range is kept, its geometry.
+
+    ``shape`` names the geometry of a row: held-out errors leave out whole geometries. None leaves out rows.
+    """
+
+    latency_s: Array
+    labels: Array
+    ranges: Mapping[str, Array]
+    shape: Array | None = None
+
+
+Model = Callable[[Array, Array, str], Array]
+"""(log parameters, rows, entry) → seconds."""
+
+
 def all_reduce_document(path: Path, about: Mapping[str, Any]) -> dict[str, Any]:
     """The calibration of an all-reduce table: one entry a (kernel, number of GPUs)."""
-    table = _columns(path)
+    table = read_columns(path)
     size = table["message_elements"].astype(float) * BYTES_PER_ELEMENT
     pairs = zip(table["kernel_source"], table["num_gpus"], strict=True)
     labels = np.array([f"{kernel}/{count}" for kernel, count in pairs])
-
-    def model(rows: Array) -> Callable[[Array], Array]:
-        return lambda theta: all_reduce_s(theta, size[rows])
-
-    return _document(about, "all_reduce", ALL_REDUCE, table, labels, model, {"message_bytes": size})
+    cases = Table(table["latency_s"].astype(float), labels, {"message_bytes": size})
+    return fitted_document(
+        about, "all_reduce", ALL_REDUCE, cases, lambda theta, rows, _: all_reduce_s(theta, size[rows])
+    )
 
 
 def mla_document(path: Path, about: Mapping[str, Any], gpu: GpuSpec) -> dict[str, Any]:
     """The calibration of an MLA decode table: one entry a KV dtype."""
-    table = _columns(path)
+    table = read_columns(path)
     labels = table["kv_cache_dtype"]
     batch, context, heads = (table[name].astype(float) for name in ("batch_size", "context_tokens", "num_heads"))
     width = np.where(np.char.startswith(labels.astype(str), "fp8"), 1.0, 2.0)
 
-    def model(rows: Array) -> Callable[[Array], Array]:
-        return lambda theta: mla_s(theta, batch[rows], context[rows], heads[rows], width[rows], gpu)
+    def model(theta: Array, rows: Array, _: str) -> Array:
+        return mla_s(theta, batch[rows], context[rows], heads[rows], width[rows], gpu)
 
     ranges = {"batch_size": batch, "context_tokens": context, "num_heads": heads}
-    return _document(about, "mla_decode", MLA, table, labels, model, ranges)
+    cases = Table(table["latency_s"].astype(float), labels, ranges, shape=batch * 1e9 + heads)
+    return fitted_document(about, "mla_decode", MLA, cases, model)
 
 
-def _document(
-    about: Mapping[str, Any], kind: str, parameters: Sequence[Parameter], table: Mapping[str, Array], labels: Array,
-    model: Callable[[Array], Callable[[Array], Array]], ranges: Mapping[str, Array],
+def fitted_document(
+    about: Mapping[str, Any], kind: str, parameters: Sequence[Parameter], table: Table, model: Model, *,
+    min_rows: int = 1, reported: Mapping[str, Callable[[float], float]] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    latency = table["latency_s"].astype(float)
+    """The calibration document of a table: parameters, their spreads and residuals of each entry.
+
+    ``reported`` maps a fitted value to the one that is written, for parameters that bend.
+    """
     entries = {}
-    for label in sorted(set(labels.tolist())):
-        rows = np.flatnonzero((labels == label) & (latency > 0))
-        entries[str(label)] = _fit(parameters, model(rows), np.log(latency[rows]))
+    for label in sorted(set(table.labels.tolist())):
+        rows = np.flatnonzero((table.labels == label) & (table.latency_s > 0))
+        if len(rows) >= min_rows:
+            entries[str(label)] = _entry(parameters, model, table, rows, str(label), reported or {})
     return {
-        "schema_version": SCHEMA_VERSION, "kind": kind, **about, "num_samples": int((latency > 0).sum()),
-        "valid_range": {name: [float(values.min()), float(values.max())] for name, values in ranges.items()},
+        "schema_version": SCHEMA_VERSION, "kind": kind, **about,
+        "num_samples": sum(entry["num_samples"] for entry in entries.values()),
+        "valid_range": {name: [float(values.min()), float(values.max())] for name, values in table.ranges.items()},
         "entries": entries,
     }  # fmt: skip
 
 
-def _fit(parameters: Sequence[Parameter], model: Callable[[Array], Array], log_latency: Array) -> dict[str, Any]:
+def _entry(
+    parameters: Sequence[Parameter], model: Model, table: Table, rows: Array, label: str,
+    reported: Mapping[str, Callable[[float], float]],
+) -> dict[str, Any]:  # fmt: skip
+    found = _fit(parameters, model, table, rows, label)
+    spread = np.sqrt(np.diag(found.covariance))
+    errors, held_out = np.abs(np.expm1(-found.residuals)), held_out_errors(parameters, model, table, rows, label)
+    written = {}
+    for p, log_value, width in zip(parameters, found.theta[0], spread, strict=True):
+        value = reported.get(p.name, float)(float(np.exp(log_value)))
+        written[p.name] = {
+            "value": _rounded(value),
+            "log_spread": _rounded(width),
+            "unit": p.unit,
+            "meaning": p.meaning,
+        }
+    residuals = summary(found.residuals)
+    for name, values in (("", errors), ("held_out_", held_out)):
+        residuals = {
+            **residuals, f"{name}median_error": float(np.median(values)),
+            f"{name}p90_error": float(np.quantile(values, 0.9)),
+        }  # fmt: skip
+    return {
+        "num_samples": len(rows), "parameters": written, "residuals": {k: _rounded(v) for k, v in residuals.items()},
+    }  # fmt: skip
+
+
+def held_out_errors(parameters: Sequence[Parameter], model: Model, table: Table, rows: Array, label: str) -> Array:
+    """Errors of every row, predicted by a fit on the other half: of the geometries, or of the rows in turn."""
+    names = np.arange(len(rows)) if table.shape is None else np.unique(table.shape[rows], return_inverse=True)[1]
+    errors = np.empty(len(rows))
+    for half in (0, 1):
+        mine = names % 2 == half
+        if mine.all() or not mine.any():
+            return np.abs(np.expm1(_fit(parameters, model, table, rows, label).residuals))
+        theta = _fit(parameters, model, table, rows[~mine], label).theta[0]
+        errors[mine] = np.abs(model(theta[None], rows[mine], label)[0] / table.latency_s[rows[mine]] - 1)
+    return errors
+
+
+def _fit(parameters: Sequence[Parameter], model: Model, table: Table, rows: Array, label: str) -> Fit:
     mean = np.log([[p.prior for p in parameters]])
     precision = np.diag([1 / p.spread**2 for p in parameters])
-    block = np.zeros(len(log_latency), dtype=int)
-    found = fit(lambda theta: np.log(model(theta[:, 0])), log_latency, block, mean, precision)
-    values = np.exp(found.theta[0])
-    return {
-        "num_samples": len(log_latency),
-        "parameters": {
-            p.name: {"value": float(f"{value:.6g}"), "unit": p.unit, "meaning": p.meaning}
-            for p, value in zip(parameters, values, strict=True)
-        },
-        "residuals": {key: float(f"{value:.6g}") for key, value in summary(found.residuals).items()},
-    }
+    block = np.zeros(len(rows), dtype=int)
+    return fit(
+        lambda theta: np.log(model(theta[:, 0], rows, label)), np.log(table.latency_s[rows]), block, mean, precision
+    )
 
 
-def _columns(path: Path) -> dict[str, Array]:
+def _rounded(value: float) -> float:
+    return float(f"{float(value):.6g}")
+
+
+def read_columns(path: Path) -> dict[str, Array]:
+    """The columns of a table, text as it stands.
+
+    Raises:
+        InputError: the file cannot be read or holds no rows.
+
+    """
     try:
         with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))

@@ -16,7 +16,7 @@ from kvplan.errors import KvplanError, ProfileError, shorten
 
 SCHEMA_VERSION = 1
 KIND = "attention"
-OTHER_KINDS = ("all_reduce", "mla_decode")
+OTHER_KINDS = ("all_reduce", "gemm", "mla_decode", "moe")
 MAX_FACTOR = 1e6
 """A parameter further than a factor of a million from its prior is absurd."""
 MAX_BANDWIDTH_FRACTION = 2.0
@@ -75,7 +75,7 @@ def attention_from_json(data: Mapping[str, Any], where: str, origin: str = SHIPP
 
 
 def check_other(data: Mapping[str, Any], where: str) -> None:
-    """Check an all-reduce or MLA calibration.
+    """Check a calibration of another kernel than decode attention.
 
     Raises:
         ProfileError: a field is missing, of the wrong type, NaN or not positive; the message names it.

@@ -1,4 +1,4 @@
-"""Where calibrations lie: the user's own folder first, then those that ship.
+"""Where calibrations lie: the user's own folder first, then those that ship, each named ``KIND-GPU-ENGINE``.
 
 The user's folder is ``$XDG_CONFIG_HOME/kvplan/calibrations`` or ``~/.config/kvplan/calibrations``.
 """
@@ -84,12 +84,10 @@ def find(kind: str, gpu_name: str, engine: str) -> Found | None:
         data = read(path)
         if _matches(data, kind, gpu, engine):
             return Found(path.stem, data, str(path), MEASURED_HERE)
-    for name in profiles.names("calibrations"):
-        if name.endswith(f"-{gpu}-{engine}"):  # shipped files are called KIND-GPU-ENGINE
-            data = profiles.load("calibrations", name)
-            if _matches(data, kind, gpu, engine):
-                return Found(name, data, f"calibration {name}", SHIPPED)
-    return None
+    name = f"{kind.replace('_', '-')}-{gpu}-{engine}"
+    if name not in profiles.names("calibrations"):
+        return None
+    return Found(name, profiles.load("calibrations", name), f"calibration {name}", SHIPPED)
 
 
 def _matches(data: Mapping[str, Any], kind: str, gpu: str, engine: str) -> bool:

@@ -90,6 +90,6 @@ def show_other(console: Console, document: Mapping[str, Any], origin: str) -> No
         cells = [name, f"{entry['num_samples']:,}", format_percent(residuals["median_error"]),
                  format_percent(residuals["p90_error"])]  # fmt: skip
         for key, item in entry["parameters"].items():
-            add_row(table, *cells, key, f"{item['value']:.3g} {item['unit']}")
+            add_row(table, *cells, key, f"{item['value']:.3g} {item['unit']} ±{item['log_spread']:.0%}")
             cells = [""] * 4
     console.print(table)
