@@ -67,14 +67,16 @@ def peaks_of(gpu: GpuSpec) -> Peaks:
     return Peaks(gpu.memory_bandwidth_bytes_per_s, flops, link, factor)
 
 
-def step_bound_s(traffic: Traffic, peaks: Peaks, batch_per_rank: Number, context_tokens: Number) -> Number:
-    """Weights and KV at peak bandwidth, nothing else counted; experts as uniform routing would touch them.
+def step_bound_s(
+    traffic: Traffic, peaks: Peaks, batch_per_rank: Number, context_tokens: Number, evenness: float | None = None
+) -> Number:
+    """Weights and KV at peak bandwidth, nothing else counted; experts as routing of that ``evenness`` touches them.
 
     With pipeline stages the batch takes turns: each part of it passes all stages in one ITL.
     """
     in_step = batch_per_rank / traffic.deployment.pp_size
     tokens = in_step * traffic.deployment.attention_dp_size
-    moved = traffic.weight_read_bytes(tokens) + in_step * traffic.kv_read_bytes(context_tokens)
+    moved = traffic.weight_read_bytes(tokens, evenness) + in_step * traffic.kv_read_bytes(context_tokens)
     return moved / peaks.bandwidth_bytes_per_s
 
 

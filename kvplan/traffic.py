@@ -111,7 +111,7 @@ class Traffic:
         num_experts, top_k_experts: 0 for dense models.
         kv: how each kind of layer reads its cache.
         hidden_size, num_layers, num_moe_layers, vocab_size: shapes messages and logits follow from.
-        has_qk_norm: whether attention normalises q and k (more small kernels a layer).
+        num_kernels: kernels a decode step launches in its layers, collectives apart; see ``_num_kernels``.
         prefill_attention_flops: FLOPs of causal attention over all ranks, per (token × token of context) pair.
 
     """
@@ -124,7 +124,7 @@ class Traffic:
     kv: tuple[KvRead, ...]
     num_layers: int
     num_moe_layers: int
-    has_qk_norm: bool
+    num_kernels: int
     prefill_attention_flops: float
 
     @property
@@ -138,16 +138,21 @@ class Traffic:
         """Weight bytes a step always reads."""
         return sum(part.resident_bytes for name, part in self.weights.items() if name != "expert")
 
-    def expert_share_read(self, num_tokens: Number) -> Number:
-        """Share of the experts that ``num_tokens`` tokens touch: 1 − (1 − k/E)^T, uniform routing."""
-        if not self.num_experts:
-            return np.zeros_like(num_tokens, dtype=float)
-        miss = 1 - min(self.top_k_experts / self.num_experts, 0.999)
-        return 1 - np.power(miss, num_tokens)
+    @property
+    def expert_chance(self) -> float:
+        """Chance that a token chooses a given expert: top k over the number of experts; 0 for dense models."""
+        return min(self.top_k_experts / self.num_experts, 0.999) if self.num_experts else 0.0
 
-    def weight_read_bytes(self, num_tokens: Number) -> Number:
+    def expert_share_read(self, num_tokens: Number, evenness: float | None = None) -> Number:
+        """Share of the experts that ``num_tokens`` tokens touch; ``evenness`` None is uniform routing."""
+        if evenness is None:
+            return 1 - np.power(1 - self.expert_chance, num_tokens)
+        return touched_share(num_tokens, self.expert_chance, evenness)
+
+    def weight_read_bytes(self, num_tokens: Number, evenness: float | None = None) -> Number:
         """Weight bytes one step of ``num_tokens`` tokens (over all data parallel ranks) reads on one GPU."""
-        return self.dense_weight_bytes + self.weights["expert"].resident_bytes * self.expert_share_read(num_tokens)
+        experts = self.weights["expert"].resident_bytes * self.expert_share_read(num_tokens, evenness)
+        return self.dense_weight_bytes + experts
 
     def kv_read_bytes(self, context_tokens: Number) -> Number:
         """KV bytes one request reads on one rank."""
@@ -179,6 +184,17 @@ class Traffic:
     def activation_bytes(self, batch_per_rank: Number) -> Number:
         """Hidden states written and read around each of a layer's matrix products, roughly eight a layer, 16-bit."""
         return batch_per_rank * (8 * 2 * self.model.hidden_size * self.num_layers)
+
+
+def touched_share(num_tokens: Number, chance: Number, evenness: Number) -> Number:
+    """Share of the experts that tokens touch when their popularity is Gamma with shape ``evenness``, s::
+
+        1 − (1 + T·((1 − q)^(−1/s) − 1))^−s,    q the chance that one token chooses a given expert
+
+    One token touches a share q. A large s is uniform routing, 1 − (1 − q)^T; a small one a few popular experts that
+    most tokens choose.
+    """
+    return 1 - (1 + num_tokens * ((1 - chance) ** (-1 / evenness) - 1)) ** -evenness
 
 
 def weight_dtypes(model: ModelConfig, asked: str | None) -> tuple[str | None, str | None, str]:
@@ -251,7 +267,7 @@ def make_traffic(model: ModelConfig, plan: CachePlan, deployment: Deployment, we
         kv=_kv_reads(model, plan, deployment, flops),
         num_layers=model.num_layers,
         num_moe_layers=sum(layer.num_experts > 0 for layer in model.layers),
-        has_qk_norm=_has_qk_norm(model),
+        num_kernels=_num_kernels(model),
         prefill_attention_flops=_prefill_flops(model),
     )
 
@@ -285,10 +301,26 @@ def _weight_parts(model: ModelConfig, deployment: Deployment, weight_dtype: str 
     return weights
 
 
+ATTENTION_KERNELS = {"full": 6, "sliding": 6, "chunked": 6, "mla": 11, "compressed": 14, "indexer": 7, "state": 8}
+"""Cache kind → kernels of a layer that keeps it: projections, rope and cache write, attention and its merge."""
+QK_NORM_KERNELS, MLP_KERNELS, EXPERT_KERNELS, SHARED_EXPERT_KERNELS = 2, 5, 10, 3
+"""Norms of q and k; norm, two products, activation and its quantisation; router, top k, permutation and the same for
+experts; a shared expert beside them. Counted from how vLLM, SGLang and TensorRT-LLM write these layers."""
+
+
 @lru_cache(maxsize=512)
-def _has_qk_norm(model: ModelConfig) -> bool:
-    distinct = {id(layer): layer for layer in model.layers}.values()
-    return any(weight.name.endswith("q_norm") for layer in distinct for weight in layer.weights)
+def _num_kernels(model: ModelConfig) -> int:
+    distinct = {id(layer): layer for layer in model.layers}
+    count = {}
+    for key, layer in distinct.items():
+        roles = {weight.role for weight in layer.weights}
+        count[key] = (
+            sum(ATTENTION_KERNELS[cache.kind] for cache in layer.caches)
+            + QK_NORM_KERNELS * any(weight.name.endswith("q_norm") for weight in layer.weights)
+            + (EXPERT_KERNELS if layer.num_experts else MLP_KERNELS)
+            + SHARED_EXPERT_KERNELS * ("shared_expert" in roles)
+        )
+    return sum(count[id(layer)] for layer in model.layers)
 
 
 def _active_parameters(model: ModelConfig) -> dict[str, float]:

@@ -23,14 +23,15 @@ from kvplan.check.log_lines import (
     TRTLLM,
     VLLM,
 )
-from kvplan.check.server import Event, Fact, ServerReport, quote
+from kvplan.check.server import Event, Fact, ServerReport, Value, quote
 from kvplan.errors import InputError
-from kvplan.units import GIB, format_gib
+from kvplan.units import GIB
 
 OUT_OF_MEMORY = "out of memory"
 GZIP = b"\x1f\x8b"
 CHUNK_BYTES = 2**21
 MAX_LINE_BYTES = 2**17
+MAX_EVENTS = 100
 
 _PREFIX = re.compile(r"^(?:.*?\.(?:py|cpp):\d+\] |(?:\[[^\]]*\] ?)+)")
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -145,7 +146,7 @@ class _Reader:
             for name, printed in match.groupdict().items():
                 if printed is not None:
                     self._add(name, printed, where, line.engine)
-            if line.event is not None:
+            if line.event is not None and len(self.events) < MAX_EVENTS:
                 self._event(Event(line.event, quote(_message(text)), f"line {number:,}", line.is_failure))
 
     def _start(self) -> None:
@@ -165,7 +166,7 @@ class _Reader:
         for match in ARGUMENT.finditer(text):
             setting, printed = match["bare"] or match["quoted"], match["value"].strip("'\"")
             name, where = names.get(setting), f"{line}: {setting}={quote(printed)}"
-            if name is None or printed in ("None", "null", ""):
+            if name is None or printed in ("None", "null", "") or printed.endswith("("):
                 continue
             if name in ("enable_prefix_caching", "ep"):
                 if printed in ("True", "False"):
@@ -210,7 +211,9 @@ class _Reader:
             notes.append(f"the log holds {self.starts} starts; the last one is read")
         kv = facts.get("kv_cache_bytes")
         if kv is not None and self.largest_kv - kv.number > 0.01 * abs(kv.number):
-            notes.append(f"ranks differ by {format_gib(int(self.largest_kv - kv.number))} of KV; the smallest decides")
+            spread = (self.largest_kv - kv.number) / GIB
+            notes.append(f"ranks differ by {spread:.2f} GiB of KV; the smallest decides")
+            facts["rank_spread_bytes"] = Fact(int(self.largest_kv - kv.number), kv.where)
         return ServerReport(source, engine, facts, tuple(self.events), tuple(notes))
 
 
@@ -237,7 +240,8 @@ def _fact(name: str, printed: str, where: str) -> Fact | None:
     whole = "." not in digits and abs(value) > 10**6
     if name.endswith("_bytes") and not whole:
         return Fact(round(value * GIB), where, last * GIB)
-    return Fact(int(value), where)
+    exact: Value = int(value)
+    return Fact(exact, where)
 
 
 def _combine(facts: dict[str, Fact]) -> None:

@@ -96,17 +96,21 @@ class _Moved:
 def _moved(report: ServerReport, kv: Fact, before: Basis, after: Basis) -> dict[str, _Moved]:
     """The server's weights and KV memory, and its measured terms, after what changed."""
     old, new = (size(make_request(b.options), compare=False).memory for b in (before, after))
-    taken = 0
     found = {}
-    outside = resolve_engine(report.engine).fraction_of == "static"
-    for name in ("weights_bytes", *MEASURED):
+    weights = report.facts.get("weights_bytes")
+    grown = (new.weights_bytes or 0) - (old.weights_bytes or 0)
+    if weights is not None and old.weights_bytes and new.weights_bytes:
+        value = round(weights.number * new.weights_bytes / old.weights_bytes)
+        grown = value - int(weights.number)
+        found["weights_bytes"] = _Moved(value, weights, grown)
+    for name in MEASURED:
         fact = report.facts.get(name)
-        change = _term_change(name, fact, old, new, after)
         if fact is not None and getattr(new, name) is not None:
+            change = getattr(new, name) - (getattr(old, name) or 0)
             found[name] = _Moved(max(int(fact.number) + change, 0), fact, change)
-        if name == "weights_bytes" or not outside:
-            taken += change
-    change = 0 if "kv_cache_given_bytes" in report.facts else _usable_change(old, new, before, after) - taken
+    change = _usable_change(old, new, before, after) - grown
+    if resolve_engine(str(after.options["engine"])).fraction_of != "static":
+        change -= sum((getattr(new, name) or 0) - (getattr(old, name) or 0) for name in MEASURED)
     left = int(kv.number) + change
     if left <= 0:
         raise InputError(
@@ -115,21 +119,6 @@ def _moved(report: ServerReport, kv: Fact, before: Basis, after: Basis) -> dict[
         )
     found["kv_cache_bytes"] = _Moved(left, kv, change)
     return found
-
-
-def _term_change(name: str, fact: Fact | None, old: Memory, new: Memory, after: Basis) -> int:
-    """How much more a term takes: up to what was given, weights in the planned proportion, others by planned bytes."""
-    planned: int | None = getattr(old, name)
-    then: int | None = getattr(new, name)
-    if planned is None or then is None:
-        return 0
-    if fact is None:
-        return then - planned
-    if name in after.given:
-        return int(then - fact.number)
-    if name == "weights_bytes" and planned:
-        return round(fact.number * then / planned) - int(fact.number)
-    return then - planned
 
 
 def _usable_change(old: Memory, new: Memory, before: Basis, after: Basis) -> int:
@@ -149,7 +138,7 @@ def _told(plan: SizePlan, report: ServerReport, terms: Mapping[str, _Moved], bas
     for name, term in terms.items():
         sources[name] = TermSource("reported", term.detail, FLAGS.get(name, sources[name].override))
     fraction = report.facts.get("gpu_memory_utilization")
-    if fraction is not None and basis.options.get("gpu_memory_utilization") == fraction.value:
+    if fraction is not None and basis.options["gpu_memory_utilization"] == fraction.value:
         sources["usable_bytes"] = replace(sources["usable_bytes"], source="reported")
     stated = [
         f"{name.removesuffix('_bytes').replace('_', ' ')} {format_gib(term.value_bytes)}"

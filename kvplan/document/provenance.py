@@ -107,7 +107,7 @@ def _latency(answers: Answers, line: ItlLine | None) -> list[Figure]:
         f"a step and GPU; {line.served.kv_speed.detail}",
         "compute": f"{traffic['matrix_flops'] / 1e9:,.1f} GFLOP of matrix products, where weights do not hide them",
         "collectives": f"{sum(v for k, v in traffic['collectives'].items() if k.endswith('count'))} a step",
-        "overhead": f"{line.served.traffic.num_layers} layers, the step, and its sequences",
+        "overhead": f"{line.served.traffic.num_kernels:,} kernels, the step, and its sequences",
     }
     for name, value in plan.breakdown.as_dict().items():
         share = format_percent(value / plan.itl_s, 0)

@@ -1,8 +1,11 @@
 """Fit the parameters on measured deployments: a maximum a posteriori estimate over a hierarchy of offsets.
 
-Each parameter of a row is its common value plus the offsets of the row's levels, all of them Gaussian around zero with
-the spreads below; residuals of ln TPOT are Student-t, so a mislabelled row has little pull. Large groups must not
-outvote small ones: a row weighs √(min(1, 10 / rows of its group)). Levenberg–Marquardt with reweighted least squares.
+Each parameter of a row is its common value plus the offsets of the row's levels, Gaussian around zero with the spreads
+below; those of single deployments, layouts and engine versions are Student-t, so that an odd deployment keeps its
+oddity to itself instead of bending its GPU, engine and family. Residuals of ln TPOT are Student-t too: a mislabelled
+row has little pull. Large groups must not outvote small ones: a row weighs √(min(1, 10 / rows of its group)). A
+doubtful row counts unless its requests waited longer than they decoded, which says that the stated clients did not run
+at once. Levenberg–Marquardt with reweighted least squares.
 """
 
 from __future__ import annotations
@@ -25,7 +28,16 @@ Columns = npt.NDArray[np.int64]
 SIGMA_TPOT = 0.08
 SIGMA_TTFT = 0.35
 STUDENT_NU = 4.0
+EXACT_TTFT_WEIGHT = 0.03
+"""Weight of TTFT where lengths are exact: enough to find ``ttft_exact``, too little to move anything else."""
 GROUP_WEIGHT_ROWS = 10
+ENOUGH = 0.3
+"""Gain of log posterior below which, twice in a row, the fit has arrived."""
+DENSE_ONLY = {"kernel_dense_s", "matrix_dense"}
+MOE_ONLY = {"kernel_moe_s", "matrix_moe", "expert_stream", "routing_evenness"}
+HEAVY_LEVELS = {"deployment", "engine_version", "layout"}
+HEAVY_NU = 3.0
+"""Levels whose offsets are Student-t, and its degrees of freedom."""
 SATURATED = 0.8
 """Share of the KV capacity above which TTFT is mostly waiting for a slot, and is not fitted."""
 
@@ -33,112 +45,113 @@ SPREADS: dict[str, dict[str, float]] = {
     "engine": {
         "weight_stream": 0.04,
         "kv_stream": 0.2,
-        "layer_dense_s": 0.2,
+        "kernel_dense_s": 0.2,
         "step_s": 0.3,
         "collective_s": 0.3,
         "matrix_dense": 0.15,
         "matrix_moe": 0.3,
         "expert_stream": 0.2,
-        "layer_moe_s": 0.3,
+        "kernel_moe_s": 0.3,
         "sequence_s": 0.4,
-        "prefill_layer_s": 0.4,
+        "prefill_kernel_s": 0.4,
         "together_exact": 1.0,
         "together_spread": 0.5,
     },
     "gpu": {
         "weight_stream": 0.04,
         "kv_stream": 0.15,
-        "layer_dense_s": 0.1,
+        "kernel_dense_s": 0.1,
         "step_s": 0.2,
         "collective_s": 0.3,
         "matrix_dense": 0.1,
         "matrix_moe": 0.2,
         "expert_stream": 0.15,
-        "layer_moe_s": 0.2,
+        "kernel_moe_s": 0.2,
         "sequence_s": 0.2,
-        "prefill_layer_s": 0.2,
+        "prefill_kernel_s": 0.2,
     },
     "gpu_engine": {
         "weight_stream": 0.04,
         "kv_stream": 0.15,
-        "layer_dense_s": 0.15,
+        "kernel_dense_s": 0.15,
         "step_s": 0.25,
         "collective_s": 0.3,
         "matrix_dense": 0.15,
         "matrix_moe": 0.2,
         "expert_stream": 0.15,
-        "layer_moe_s": 0.2,
+        "kernel_moe_s": 0.2,
         "sequence_s": 0.3,
-        "prefill_layer_s": 0.3,
+        "prefill_kernel_s": 0.3,
         "together_exact": 0.3,
         "together_spread": 0.3,
     },
     "precision_engine": {
         "weight_stream": 0.05,
         "kv_stream": 0.2,
-        "layer_dense_s": 0.1,
+        "kernel_dense_s": 0.1,
         "matrix_dense": 0.15,
         "matrix_moe": 0.3,
         "expert_stream": 0.2,
-        "layer_moe_s": 0.2,
+        "kernel_moe_s": 0.2,
     },
     "precision": {"matrix_dense": 0.15, "matrix_moe": 0.2},
     "family": {
         "kv_stream": 0.15,
-        "layer_dense_s": 0.1,
+        "kernel_dense_s": 0.1,
         "matrix_dense": 0.1,
         "matrix_moe": 0.3,
         "expert_stream": 0.2,
-        "layer_moe_s": 0.3,
+        "routing_evenness": 0.4,
+        "kernel_moe_s": 0.3,
         "sequence_s": 0.2,
-        "prefill_layer_s": 0.2,
+        "prefill_kernel_s": 0.2,
     },
     "family_engine": {
         "kv_stream": 0.15,
-        "layer_dense_s": 0.15,
+        "kernel_dense_s": 0.15,
         "matrix_dense": 0.15,
         "matrix_moe": 0.2,
         "expert_stream": 0.2,
-        "layer_moe_s": 0.2,
+        "kernel_moe_s": 0.2,
         "sequence_s": 0.2,
-        "prefill_layer_s": 0.3,
+        "prefill_kernel_s": 0.3,
     },
     "engine_version": {
-        "layer_dense_s": 0.1,
+        "kernel_dense_s": 0.3,
         "matrix_dense": 0.1,
         "matrix_moe": 0.1,
-        "layer_moe_s": 0.1,
+        "kernel_moe_s": 0.3,
         "step_s": 0.2,
         "together_exact": 0.3,
         "together_spread": 0.3,
     },
     "layout": {
-        "layer_dense_s": 0.1,
+        "kernel_dense_s": 0.1,
         "collective_s": 0.2,
         "expert_stream": 0.1,
-        "layer_moe_s": 0.1,
+        "kernel_moe_s": 0.1,
         "matrix_dense": 0.1,
         "matrix_moe": 0.1,
     },
     "deployment": {
         "weight_stream": 0.04,
         "kv_stream": 0.15,
-        "layer_dense_s": 0.15,
+        "kernel_dense_s": 0.15,
         "matrix_dense": 0.15,
-        "matrix_moe": 0.15,
-        "expert_stream": 0.15,
-        "layer_moe_s": 0.15,
+        "matrix_moe": 0.3,
+        "expert_stream": 0.2,
+        "kernel_moe_s": 0.2,
         "sequence_s": 0.15,
-        "prefill_layer_s": 0.3,
+        "prefill_kernel_s": 0.4,
         "together_exact": 0.3,
         "together_spread": 0.3,
     },
-    "qk_norm": {"layer_dense_s": 0.2, "layer_moe_s": 0.2},
+    "speculative": {"accepted": 0.7},
     "wide": {
         "matrix_moe": 1.5,
-        "layer_moe_s": 0.5,
+        "kernel_moe_s": 0.5,
         "sequence_s": 1.0,
-        "prefill_layer_s": 1.5,
+        "prefill_kernel_s": 1.5,
         "residual": 0.3,
         "kv_stream": 0.5,
         "together_spread": 2.0,
@@ -187,12 +200,14 @@ def observe(served: Sequence[Served], points: Sequence[tuple[float, float, float
         limits.append(float(clients[0]) / ranks <= float(running[0]) / SATURATED * 0.999)
     traits = tuple(one.traits for one in served)
     groups = Counter(t.group for t in traits)
-    weight = np.array([min(1.0, GROUP_WEIGHT_ROWS / groups[t.group]) ** 0.5 for t in traits]) * (1 - suspect)
+    weight = np.array([min(1.0, GROUP_WEIGHT_ROWS / groups[t.group]) ** 0.5 for t in traits])
+    weight = weight * ~((suspect > 0) & (ttft_s > tpot_s * np.array([point[1] for point in points])))
     narrow = np.array([not t.is_wide for t in traits])
     load = LoadFeatures(*(np.concatenate(column) for column in zip(*loads, strict=True)))
     return Observations(
         StepFeatures(*(np.concatenate(column) for column in zip(*steps, strict=True))),
-        load, traits, tpot_s, ttft_s, weight, weight * np.array(limits) * narrow * load.has_spread,
+        load, traits, tpot_s, ttft_s, weight,
+        weight * np.array(limits) * narrow * np.where(load.has_spread, 1.0, EXACT_TTFT_WEIGHT),
     )  # fmt: skip
 
 
@@ -201,16 +216,30 @@ class Design:
 
     def __init__(self, traits: Sequence[Traits], spreads: dict[str, dict[str, float]] = SPREADS) -> None:
         self.columns: list[tuple[str, str, str]] = [("common", "", name) for name in NAMES]
-        prior = [parameter.spread for parameter in PARAMETERS]
+        prior, seen = [parameter.spread for parameter in PARAMETERS], set()
         for level, parameters in spreads.items():
-            for name in sorted({found for t in traits if (found := t.levels().get(level))}):
+            for name, is_moe in sorted({(found, t.is_moe) for t in traits if (found := t.levels().get(level))}):
                 for parameter, spread in parameters.items():
-                    self.columns.append((level, name, parameter))
-                    prior.append(spread)
+                    column = (level, name, parameter)
+                    if parameter not in (DENSE_ONLY if is_moe else MOE_ONLY) and column not in seen:
+                        seen.add(column)
+                        self.columns.append(column)
+                        prior.append(spread)
         self.spread = np.array(prior)
         self.center = np.zeros(len(self.columns))
         self.center[: len(NAMES)] = [parameter.prior_log for parameter in PARAMETERS]
         self.index = {column: i for i, column in enumerate(self.columns)}
+        self.is_heavy = np.array([level in HEAVY_LEVELS for level, _, _ in self.columns])
+
+    def prior_cost(self, beta: Floats) -> float:
+        """Minus the log prior, up to a constant."""
+        z2 = ((beta - self.center) / self.spread) ** 2
+        return float(np.where(self.is_heavy, (HEAVY_NU + 1) / 2 * np.log1p(z2 / HEAVY_NU), z2 / 2).sum())
+
+    def prior_precision(self, beta: Floats) -> Floats:
+        """Weights of the quadratic that touches the prior at ``beta``."""
+        z2 = ((beta - self.center) / self.spread) ** 2
+        return np.asarray(np.where(self.is_heavy, (HEAVY_NU + 1) / (HEAVY_NU + z2), 1.0) / self.spread**2)
 
     def rows(self, traits: Sequence[Traits]) -> list[tuple[int, Columns]]:
         """(parameter, column of each row) pairs; a column of −1 is a level that was not fitted."""
@@ -241,7 +270,7 @@ def predict(design: Design, beta: Floats, data: Observations) -> Floats:
     return np.asarray(np.exp(_log_times(design.parameters(beta, design.rows(data.traits)), data)).reshape(2, -1))
 
 
-def fit(data: Observations, *, iterations: int = 12, spreads: dict[str, dict[str, float]] = SPREADS
+def fit(data: Observations, *, iterations: int = 60, spreads: dict[str, dict[str, float]] = SPREADS
         ) -> tuple[Design, Floats]:  # fmt: skip
     """The design and its coefficients, from a cold start at the priors."""
     design = Design(data.traits, spreads)
@@ -253,9 +282,9 @@ def fit(data: Observations, *, iterations: int = 12, spreads: dict[str, dict[str
     def cost(beta: Floats) -> float:
         r = _log_times(design.parameters(beta, rows), data) - measured
         loss = weight * (STUDENT_NU + 1) / 2 * np.log1p(r * r / (STUDENT_NU * sigma2))
-        return float(loss.sum() + 0.5 * (((beta - design.center) / design.spread) ** 2).sum())
+        return float(loss.sum()) + design.prior_cost(beta)
 
-    beta, damping = design.center.copy(), 1e-3
+    beta, damping, idle = design.center.copy(), 1e-2, 0
     best = cost(beta)
     for _ in range(iterations):
         phi = design.parameters(beta, rows)
@@ -268,15 +297,17 @@ def fit(data: Observations, *, iterations: int = 12, spreads: dict[str, dict[str
             moved[:, j] += 1e-4
             slopes[j] = (_log_times(moved, data) - now) / 1e-4
         hessian, gradient = _normal_equations(rows, slopes, robust, r, len(beta))
-        hessian += np.diag(1 / design.spread**2)
-        gradient += (beta - design.center) / design.spread**2
+        precision = design.prior_precision(beta)
+        hessian += np.diag(precision)
+        gradient += (beta - design.center) * precision
         step, found, damping = _try_step(cost, beta, hessian, gradient, best, damping)
         if step is None:
             break
         beta = beta + step
         gained, best = best - found, found
-        damping = max(damping / 5, 1e-6)
-        if gained < 0.3:
+        damping = max(damping / 4, 1e-4)
+        idle = idle + 1 if gained < ENOUGH else 0
+        if idle == 2:
             break
     return design, beta
 
@@ -298,13 +329,13 @@ def _normal_equations(rows: list[tuple[int, Columns]], slopes: Floats, robust: F
 
 def _try_step(cost: object, beta: Floats, hessian: Floats, gradient: Floats, best: float, damping: float
               ) -> tuple[Floats | None, float, float]:  # fmt: skip
-    """A step that lowers the cost, with the damping it took; None when six attempts found none."""
+    """A step that lowers the cost, with the damping it took; None when ten attempts found none."""
     assert callable(cost)
     diagonal = np.diag(np.diag(hessian))
-    for _ in range(6):
+    for _ in range(10):
         step = np.clip(-np.linalg.solve(hessian + damping * diagonal, gradient), -1, 1)
         found = cost(beta + step)
         if found < best:
             return step, found, damping
-        damping *= 5
+        damping *= 4
     return None, best, damping

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -162,7 +163,8 @@ def traffic_of(served: Served, plan: ItlPlan) -> dict[str, Any]:
         per_rank = float(served.batch_per_rank(float(plan.point.batch_size or 1)))
     context = int(plan.context_tokens)
     tokens = max(per_rank / deployment.pp_size, 1.0) * deployment.attention_dp_size
-    share = float(np.asarray(traffic.expert_share_read(np.array(tokens))))
+    evenness = math.exp(parameters_of(served)["routing_evenness"])
+    share = float(traffic.expert_share_read(tokens, evenness))
     weights = {
         name: int(part.resident_bytes * (share if name == "expert" else 1)) for name, part in traffic.weights.items()
     }
@@ -179,6 +181,7 @@ def traffic_of(served: Served, plan: ItlPlan) -> dict[str, Any]:
     return {
         "weights_read_bytes": weights,
         "expert_share_read": share if traffic.num_experts else None,
+        "expert_share_uniform": float(traffic.expert_share_read(tokens)) if traffic.num_experts else None,
         "kv_read_bytes": sum(int(str(part["read_bytes"])) for part in kv),
         "kv_stored_bytes": int(served.plan.bytes_per_request(context) * per_rank),
         "kv_layers": kv,

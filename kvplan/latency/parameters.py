@@ -46,21 +46,26 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter("weight_stream", 0.85, 0.06, "share of peak bandwidth that weights stream at, before it bends at 1"),
     Parameter(
         "expert_stream",
-        0.6,
+        0.7,
         0.3,
-        "the same of routed experts, over the bytes of uniform routing: skew makes it exceed 1",
+        "the same of routed experts",
     ),
     Parameter("kv_stream", 0.6, 0.3, "share of peak bandwidth that 16-bit KV is read at, before it bends at 1"),
-    Parameter("layer_dense_s", 30e-6, 0.5, "time of a dense layer that nothing else explains"),
-    Parameter("layer_moe_s", 70e-6, 0.6, "the same in models with experts"),
+    Parameter("routing_evenness", 2.0, 0.7, "shape of experts' popularity: large is uniform routing"),
+    Parameter("kernel_dense_s", 3e-6, 0.5, "time of each kernel of a layer that nothing else explains, dense models"),
+    Parameter("kernel_moe_s", 3.5e-6, 0.5, "the same in models with experts"),
     Parameter("step_s", 6e-4, 0.6, "time of a step: scheduling, sampling, output"),
     Parameter("sequence_s", 8e-6, 0.7, "time of a step for each sequence in it"),
     Parameter("collective_s", 4.6e-6, 0.25, "latency of one small all-reduce on Hopper NVLink"),
     Parameter("matrix_dense", 0.5, 0.3, "share of dense peak FLOPs of matrix products, dense models"),
     Parameter("matrix_moe", 0.2, 0.5, "the same in models with experts"),
-    Parameter("prefill_layer_s", 3e-4, 0.6, "time of a layer in a step with a prompt in it (no graph, eager launches)"),
+    Parameter("prefill_kernel_s", 2.5e-5, 0.6, "the same in a step with a prompt in it (no graph, eager launches)"),
     Parameter("together_exact", -1.0, 1.0, "logit: prompts that arrive together when lengths are exact", False),
     Parameter("together_spread", -2.0, 1.0, "logit: the same when lengths are spread", False),
+    Parameter(
+        "ttft_exact", 1.0, 1.0, "TTFT over the steady state's where lengths are exact: short runs start in a burst"
+    ),
+    Parameter("accepted", 1.0, 1e-6, "tokens a step yields of each sequence: more only with speculative decoding"),
     Parameter("residual", 1.0, 1e-6, "everything else; only deployments wider than a node have it"),
 )
 NAMES = tuple(parameter.name for parameter in PARAMETERS)
@@ -75,8 +80,9 @@ class Traits:
     gpu: str
     precision: str
     family: str
-    has_qk_norm: bool = False
+    is_moe: bool = False
     is_wide: bool = False
+    is_speculative: bool = False
     engine_version: str = "unstated"
     layout: str = "TP 1"
 
@@ -94,8 +100,8 @@ class Traits:
             "layout": f"{self.family}|{self.engine}|{self.layout}",
             "deployment": f"{self.family}|{self.gpu}|{self.engine}|{self.precision}",
         }
-        if self.has_qk_norm:
-            found["qk_norm"] = "qk_norm"
+        if self.is_speculative:
+            found["speculative"] = "speculative"
         if self.is_wide:
             found["wide"] = "wide"
         return found

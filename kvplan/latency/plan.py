@@ -70,7 +70,7 @@ class ItlPlan(NamedTuple):
         intercept_s, slope_s_per_token: ``itl_s = intercept_s + slope_s_per_token × context``, exact at this point and
             along the linear piece it lies on.
         fits: whether the KV of the batch fits at once; None when memory is unknown.
-        roofline_s: weights and KV at peak bandwidth, experts as uniform routing would touch them.
+        roofline_s: weights and KV at peak bandwidth, experts as skewed routing touches them.
         interval_note: what the interval comes from, in words.
 
     """

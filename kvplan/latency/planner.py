@@ -129,6 +129,11 @@ def facts_of(served: Served) -> DeploymentFacts:
     )
 
 
+def _bound_s(served: Served, parameters: dict[str, float], per_rank: Floats, context: Floats) -> Floats:
+    evenness = float(np.exp(parameters["routing_evenness"]))
+    return np.asarray(step_bound_s(served.traffic, served.peaks, per_rank, context, evenness))
+
+
 def _column(points: Sequence[Point], name: str) -> Floats:
     return np.array([getattr(point, name) for point in points], dtype=float)
 
@@ -141,7 +146,7 @@ def _plan_steps(served: Served, facts: DeploymentFacts, parameters: dict[str, fl
     slope = np.asarray(slope_s_per_token(parameters, served.kv_slope_s(per_rank, context)))
     capacity = served.max_batch(context)
     fits = [None] * len(points) if capacity is None else (batch <= capacity).tolist()
-    bound = np.asarray(step_bound_s(served.traffic, served.peaks, per_rank, context)).tolist()
+    bound = _bound_s(served, parameters, per_rank, context).tolist()
     interval = point_intervals(served, per_rank * served.deployment.attention_dp_size, context)
     return _assemble(facts, points, context, times, slope, bound, fits, interval)
 
@@ -154,7 +159,7 @@ def _plan_loads(served: Served, facts: DeploymentFacts, parameters: dict[str, fl
     times = load_times(parameters, step, load)
     slope = np.asarray(slope_s_per_token(parameters, served.kv_slope_s(running, context)))
     ranks = served.deployment.attention_dp_size * served.deployment.num_replicas
-    bound = np.asarray(step_bound_s(served.traffic, served.peaks, running, context)).tolist()
+    bound = _bound_s(served, parameters, running, context).tolist()
     interval = point_intervals(served, np.asarray(step.sequences), context)
     tpot, ttft, wait = (np.asarray(values) for values in (times.tpot_s, times.ttft_s, times.prefill_wait_s))
     t_low, t_high = interval.ttft_low[load.has_spread.astype(int)], interval.ttft_high[load.has_spread.astype(int)]  # type: ignore[union-attr]

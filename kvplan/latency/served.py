@@ -29,6 +29,14 @@ from kvplan.traffic import Floats, Number, Traffic, make_traffic, precision_clas
 PRECISION_REACH = {"bf16": 0.6, "fp8": 0.0, "int8": 0.0, "fp4": -0.4, "int4": -0.4}
 """Logarithm of the share of dense peak that each precision's matrix products reach, over FP8's (assumed)."""
 
+SPECULATIVE = {
+    ("tensorrt-llm", "deepseek-r1", "1.1.0rc2.post2"),
+    ("tensorrt-llm", "deepseek-r1", "1.2.0rc6.post3"),
+}
+"""(engine, model, version) whose public measurements ran multi-token prediction, though no label says so: the same
+deployment of DeepSeek-V3, or of another version, takes 1.3 to 2.3 times as long (most at few clients), with a shorter
+TTFT."""
+
 NOMINAL_LENGTH = 0.95
 """True mean length over nominal where the spread is not stated: benchmark lengths average 0.9–1.0 of nominal."""
 
@@ -90,22 +98,19 @@ class Served:
         t, d, peak = self.traffic, self.deployment, self.peaks.bandwidth_bytes_per_s
         in_step = np.maximum(batch_per_rank / d.pp_size, 1.0)
         tokens = in_step * d.attention_dp_size
-        share = t.expert_share_read(tokens)
-        experts_s = t.weights["expert"].resident_bytes / peak
         ones = np.ones_like(in_step)
         kv_bytes = in_step * t.kv_read_bytes(np.asarray(context_tokens, dtype=float))
         return StepFeatures(
             dense_s=ones * (t.dense_weight_bytes / peak),
-            expert_s=experts_s * share,
-            expert_unread_s=experts_s * (1 - share),
+            expert_s=ones * (t.weights["expert"].resident_bytes / peak),
+            expert_chance=ones * t.expert_chance,
             flops_s=tokens * self._matrix_seconds_per_token(),
             kv_s=kv_bytes * (self.kv_speed.slowdown / peak),
             collectives=ones * (t.num_collectives + d.pp_size - 1),
             collective_factor=ones * self.peaks.collective_factor * (0.95 + 0.05 * np.log2(max(d.tp_group_size, 2))),
             message_s=t.message_bytes(in_step) / self.peaks.link_bytes_per_s,
-            layers=ones * t.num_layers,
+            kernels=ones * t.num_kernels,
             is_moe=ones * (t.num_experts > 0),
-            has_qk_norm=ones * t.has_qk_norm,
             sequences=tokens,
         )
 
@@ -121,8 +126,9 @@ class Served:
         reach = float(np.exp(PRECISION_REACH[precision_class(self._main_format())]))
         attention = input_tokens**2 / 2 * t.prefill_attention_flops / (d.tp_group_size * self.peaks.flops_per_s["bf16"])
         matrix = input_tokens * self._matrix_seconds_per_token() * reach
-        message = t.num_collectives * t.message_bytes(input_tokens) / self.peaks.link_bytes_per_s / d.attention_dp_size
-        return LoadFeatures(input_tokens, output_tokens, (matrix + attention) / reach, message, has_spread)
+        moved = t.num_collectives * t.message_bytes(input_tokens) / self.peaks.link_bytes_per_s
+        moved = (moved + t.activation_bytes(input_tokens) / self.peaks.bandwidth_bytes_per_s) / d.attention_dp_size
+        return LoadFeatures(input_tokens, output_tokens, (matrix + attention) / reach, moved, has_spread)
 
     def _matrix_seconds_per_token(self) -> float:
         """Seconds at peak of one token's matrix FLOPs over the GPUs of a stage, precisions' usual reach divided out."""
@@ -145,7 +151,7 @@ class Served:
         if self.available_bytes is None:
             return np.maximum(share, 1.0)
         held = max_batches(self.plan, self.available_bytes, np.ceil(input_tokens + MID_REQUEST * output_tokens))
-        return np.asarray(np.maximum(np.minimum(share, held), 1.0))
+        return np.asarray(np.maximum(np.where(held < 1, share, np.minimum(share, held)), 1.0))
 
 
 @lru_cache(maxsize=4096)
@@ -168,6 +174,12 @@ def serve(request: ItlRequest) -> Served:
     )  # fmt: skip
     notes += deployment.notes
     _, _, precision = weight_dtypes(model, dtype)
+    version = (size.engine_version or "unstated").strip().lower().removeprefix("v")
+    is_speculative = (engine, model.name, version) in SPECULATIVE
+    if is_speculative:
+        notes.append(
+            f"measurements of {model.name} on {engine} {version} ran multi-token prediction: it is in the times"
+        )
     if size.engine_version is not None and not _names_release(size.engine_version):
         notes.append(
             f"engine version {shorten(size.engine_version, 30)!r} names no release: the default rules of {engine}"
@@ -209,9 +221,10 @@ def serve(request: ItlRequest) -> Served:
             gpu=setup.gpu.name,
             precision=precision,
             family=family_of(model),
-            has_qk_norm=traffic.has_qk_norm,
+            is_moe=traffic.num_experts > 0,
             is_wide=deployment.is_wide,
-            engine_version=(request.size.engine_version or "unstated").strip().lower().removeprefix("v"),
+            is_speculative=is_speculative,
+            engine_version=version,
             layout=replace(deployment, num_replicas=1).describe(),
         ),
         kv_speed=speed,

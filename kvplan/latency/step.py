@@ -5,11 +5,14 @@ A step is a sum of parts::
     weights + compute  (w³ + c³)^⅓   stream of the weights it touches, overlapped with their FLOPs
     kv                 bytes of the context read, over the bandwidth attention reaches
     collectives        2 a layer × (latency + message / link)
-    overhead           a time a layer, a step, and a sequence
+    overhead           a time a kernel, a step, and a sequence
 
-Under load each request's tokens also wait for the prompts of others: a closed loop of T running sequences starts T
-prompts in the time one request takes, a token budget a step lets short prompts share a step, and a part of the prompts
-arrive together and wait for each other before anybody decodes. ``step_times`` and ``load_times`` take floats or arrays.
+Experts are read as skewed routing touches them (``touched_share``). Under load each request's tokens also wait for the
+prompts of others: while a request decodes n tokens, every other running one is replaced once, so a token waits for
+others/n prompts. A prompt costs its FLOPs, its messages and hidden states, and the experts that decoding had left
+alone, or the host's launches of a step without a graph where they take longer; at most every step holds prompts. A part
+of the prompts arrive together and wait for each other before anybody decodes. ``step_times`` and ``load_times`` take
+floats or arrays.
 """
 
 from __future__ import annotations
@@ -19,12 +22,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvplan.traffic import Floats, Number
+from kvplan.traffic import Floats, Number, touched_share
 
 PREFILL_STEP_TOKENS = 8192
 """Prompt tokens one step takes; the usual chunked-prefill budget."""
 
-MISSING_EXPERT_FLOOR = 0.3
 OVERLAP = 3.0
 CAP_SHARPNESS = 8.0
 """How sharply streams bend at peak bandwidth; 0.85 stays within 3%."""
@@ -34,36 +36,44 @@ class StepFeatures(NamedTuple):
     """What a step moves and computes, in seconds at peak (``_s``) and counts. Floats or arrays of one shape.
 
     Attributes:
-        dense_s, expert_s, expert_unread_s: weight bytes read, expert bytes read, and expert bytes a step leaves alone.
+        dense_s, expert_s: weight bytes a step always reads, and the bytes of all experts of a GPU.
+        expert_chance: chance that a token chooses a given expert.
         flops_s: matrix FLOPs at dense peak, divided by what the precision usually reaches of it against FP8.
         kv_s: KV bytes at peak, a slower format's slowdown included.
         collectives, collective_factor, message_s: how many, latency of one over Hopper's NVLink, data time of one.
-        layers, is_moe, has_qk_norm: counts and flags (0 or 1).
-        sequences: sequences of the step over all data parallel ranks.
+        kernels: kernels of all layers, collectives apart.
+        is_moe: 0 or 1.
+        sequences: sequences, each of one token, of the step over all data parallel ranks.
 
     """
 
     dense_s: Number
     expert_s: Number
-    expert_unread_s: Number
+    expert_chance: Number
     flops_s: Number
     kv_s: Number
     collectives: Number
     collective_factor: Number
     message_s: Number
-    layers: Number
+    kernels: Number
     is_moe: Number
-    has_qk_norm: Number
     sequences: Number
 
 
 class LoadFeatures(NamedTuple):
-    """What a load adds: prompt and output lengths (true means), and one prompt's prefill in seconds at peak."""
+    """What a load adds: prompt and output lengths (true means), and one prompt's prefill in seconds at peak.
+
+    Attributes:
+        prefill_flops_s: matrix and attention FLOPs.
+        prefill_moved_s: messages between GPUs, and hidden states read and written between matrix products.
+        has_spread: whether lengths vary between requests (0 or 1).
+
+    """
 
     input_tokens: Number
     output_tokens: Number
     prefill_flops_s: Number
-    prefill_message_s: Number
+    prefill_moved_s: Number
     has_spread: Number
 
 
@@ -94,16 +104,27 @@ class LoadTimes(NamedTuple):
 def step_times(parameters: Mapping[str, Number], features: StepFeatures) -> StepTimes:
     """The parts of a step; ``parameters`` are logarithms, by the names in ``kvplan.latency.parameters``."""
     p, f = parameters, features
-    scale = np.exp(p["residual"])
-    weights = f.dense_s / stream_share(p["weight_stream"]) + f.expert_s / np.exp(p["expert_stream"])
+    scale = np.exp(p["residual"] - p["accepted"])
+    weights = f.dense_s / stream_share(p["weight_stream"]) + _experts_s(p, f, f.sequences)
     compute = f.flops_s / np.exp(_matrix_efficiency(p, f))
-    both = (weights**OVERLAP + compute**OVERLAP) ** (1 / OVERLAP)
+    both = _overlapped(weights, compute)
     collectives = f.collectives * (np.exp(p["collective_s"]) * f.collective_factor + f.message_s)
-    dense_layer = np.exp(p["layer_dense_s"] + 0.18 * f.has_qk_norm)
-    a_layer = np.where(f.is_moe, np.exp(p["layer_moe_s"]), dense_layer)
-    overhead = f.layers * a_layer + np.exp(p["step_s"]) + f.sequences * np.exp(p["sequence_s"])
+    a_kernel = np.exp(np.where(f.is_moe, p["kernel_moe_s"], p["kernel_dense_s"]))
+    overhead = f.kernels * a_kernel + np.exp(p["step_s"]) + f.sequences * np.exp(p["sequence_s"])
     return StepTimes(weights * scale, (both - weights) * scale, f.kv_s / stream_share(p["kv_stream"]) * scale,
                      collectives * scale, overhead * scale)  # fmt: skip
+
+
+def _overlapped(one: Number, other: Number) -> Number:
+    """Two times that run beside each other: near the longer, at most 26% above it."""
+    found: Number = (one**OVERLAP + other**OVERLAP) ** (1 / OVERLAP)
+    return found
+
+
+def _experts_s(p: Mapping[str, Number], f: StepFeatures, num_tokens: Number) -> Number:
+    """Seconds to stream the experts that ``num_tokens`` tokens touch."""
+    touched = touched_share(num_tokens, f.expert_chance, np.exp(p["routing_evenness"]))
+    return f.expert_s * touched / stream_share(p["expert_stream"])
 
 
 def stream_share(log_share: Number) -> Number:
@@ -127,27 +148,31 @@ def load_times(parameters: Mapping[str, Number], step: StepFeatures, load: LoadF
     times = step_times(p, step)
     scale = np.exp(p["residual"])
     step_s = times.total_s / scale
-    sequences = step.sequences
-    efficiency = np.exp(_matrix_efficiency(p, step))
-    miss_share = np.clip(np.maximum(load.input_tokens / PREFILL_STEP_TOKENS, MISSING_EXPERT_FLOOR), None, 1.0)
-    prompt_s = load.prefill_flops_s / efficiency + load.prefill_message_s
-    prompt_s = prompt_s + step.expert_unread_s / np.exp(p["expert_stream"]) * miss_share
-    launch_s = step.layers * np.exp(p["prefill_layer_s"])
-    cycle_s = load.output_tokens * step_s
-    share = np.clip(
-        1 + sequences * (prompt_s + launch_s) / cycle_s, 1.0, np.maximum(PREFILL_STEP_TOKENS / load.input_tokens, 1.0)
-    )
-    prompt_s = prompt_s + launch_s / share
+    chunk = np.minimum(load.input_tokens, PREFILL_STEP_TOKENS)
+    prompt_s = _prompt_s(p, step, load, chunk)
+    others = np.maximum(step.sequences - 1, 0)
     together = 1 / (1 + np.exp(-np.where(load.has_spread, p["together_spread"], p["together_exact"])))
-    others = np.maximum(sequences - 1, 0)
-    wait_s = others * (1 - together) * prompt_s / load.output_tokens
-    ttft_s = prompt_s * (1 + together * others) + step_s
+    prompts_a_token = others * (1 - together) / load.output_tokens
+    steps_a_token = others / (1 + together * others) / load.output_tokens * (load.input_tokens / chunk)
+    launch_s = step.kernels * np.exp(p["prefill_kernel_s"])
+    mixed_steps = steps_a_token / (1 + steps_a_token**4) ** 0.25
+    wait_s = _overlapped(prompts_a_token * prompt_s, mixed_steps * launch_s)
+    burst = np.exp(np.where(load.has_spread, 0.0, p["ttft_exact"]))
+    ttft_s = (_overlapped(prompt_s, launch_s) + together * others * prompt_s + step_s) * burst
     return LoadTimes(times, (step_s + wait_s) * scale, ttft_s, wait_s * scale)
+
+
+def _prompt_s(p: Mapping[str, Number], step: StepFeatures, load: LoadFeatures, chunk: Number) -> Number:
+    """Seconds that one prompt, ``chunk`` tokens a step, adds to the steps it is in; the host's launches apart."""
+    more = _experts_s(p, step, step.sequences + chunk) - _experts_s(p, step, step.sequences)
+    experts = more * (load.input_tokens / chunk)
+    return load.prefill_flops_s / np.exp(_matrix_efficiency(p, step)) + load.prefill_moved_s + experts
 
 
 def slope_s_per_token(parameters: Mapping[str, Number], kv_slope_s: Number) -> Number:
     """d(step)/d(context) given d(``kv_s``)/d(context): nothing else in a step depends on the context."""
-    slope: Number = kv_slope_s / stream_share(parameters["kv_stream"]) * np.exp(parameters["residual"])
+    scale = np.exp(parameters["residual"] - parameters["accepted"])
+    slope: Number = kv_slope_s / stream_share(parameters["kv_stream"]) * scale
     return slope
 
 

@@ -6,7 +6,7 @@ lists some runs under two names. Two questions: rows of known groups (5 folds), 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,9 @@ from kvplan.latency.serving_rows import ServingRow, read_rows
 from kvplan.traffic import Floats
 
 NUM_FOLDS = 5
-QUANTILES = (0.1, 0.9)
+COVERED = 0.8
+TAILS = tuple(thousandth / 1000 for thousandth in range(100, 19, -5))
+Parts = np.ndarray[tuple[int], np.dtype[np.str_]]
 
 
 @dataclass(frozen=True)
@@ -101,36 +103,49 @@ def log_residuals(validation: Validation, predicted_s: Floats) -> Floats:
 
 
 def residual_quantiles(validation: Validation) -> dict[str, list[float]]:
-    """``seen_dense``, ``unseen_moe`` … → 10% and 90% quantiles of held-out residuals, suspect rows left out."""
+    """``seen_dense``, ``unseen_moe``, ``ttft_seen_exact`` … → [low, high] quantiles of held-out residuals, sound rows.
+
+    TPOT: the widest tails outside which other folds (seen) or groups (unseen) leave at most 20% of the rows. TTFT: 10%
+    and 90%.
+    """
     found = {}
-    for name, predicted in (("seen", validation.seen_s), ("unseen", validation.unseen_s)):
-        residuals = log_residuals(validation, predicted)
-        for kind, mask in (("dense", ~validation.is_moe), ("moe", validation.is_moe)):
-            low, high = np.quantile(residuals[mask & ~validation.is_suspect], QUANTILES)
-            found[f"{name}_{kind}"] = [round(float(low), 4), round(float(high), 4)]
+    for name, residuals, parts in _held_out(validation):
+        tail = _tail(residuals, parts)
+        found[name] = np.quantile(residuals, [tail, 1 - tail])
     spread = np.asarray(validation.data.load.has_spread) > 0
     for name, predicted in (("seen", validation.seen_ttft_s), ("unseen", validation.unseen_ttft_s)):
         residuals = np.log(predicted / validation.data.ttft_s)
         for kind, mask in (("exact", ~spread), ("spread", spread)):
-            low, high = np.quantile(residuals[mask & ~validation.is_suspect], QUANTILES)
-            found[f"ttft_{name}_{kind}"] = [round(float(low), 4), round(float(high), 4)]
-    return found
+            found[f"ttft_{name}_{kind}"] = np.quantile(residuals[mask & ~validation.is_suspect], [0.1, 0.9])
+    return {name: [round(float(low), 4), round(float(high), 4)] for name, (low, high) in found.items()}
 
 
 def coverage(validation: Validation) -> dict[str, float]:
-    """Share of rows inside intervals made from other folds (seen) or other groups (unseen) only."""
-    found = {}
+    """Share of sound rows inside intervals made from other folds (seen) or other groups (unseen) only."""
+    return {
+        name: _covered(residuals, parts, _tail(residuals, parts)) for name, residuals, parts in _held_out(validation)
+    }
+
+
+def _held_out(validation: Validation) -> Iterator[tuple[str, Floats, Parts]]:
+    """(name, residuals, part each was held out with) of sound rows."""
     for name, predicted, parts in (
-        ("seen", validation.seen_s, validation.folds.astype(str)),
-        ("unseen", validation.unseen_s, validation.groups),
-    ):
+        ("seen", validation.seen_s, validation.folds.astype(str)), ("unseen", validation.unseen_s, validation.groups)
+    ):  # fmt: skip
         residuals = log_residuals(validation, predicted)
         for kind, mask in (("dense", ~validation.is_moe), ("moe", validation.is_moe)):
-            mask = mask & ~validation.is_suspect
-            inside = np.zeros(len(residuals), dtype=bool)
-            for part in np.unique(parts[mask]):
-                mine = mask & (parts == part)
-                low, high = np.quantile(residuals[mask & ~mine], QUANTILES)
-                inside |= mine & (residuals >= low) & (residuals <= high)
-            found[f"{name}_{kind}"] = float(inside[mask].mean())
-    return found
+            sound = mask & ~validation.is_suspect
+            yield f"{name}_{kind}", residuals[sound], parts[sound]
+
+
+def _tail(residuals: Floats, parts: Parts) -> float:
+    return next((tail for tail in TAILS if _covered(residuals, parts, tail) >= COVERED), TAILS[-1])
+
+
+def _covered(residuals: Floats, parts: Parts, tail: float) -> float:
+    inside = np.zeros(len(residuals), dtype=bool)
+    for part in np.unique(parts):
+        mine = parts == part
+        low, high = np.quantile(residuals[~mine], [tail, 1 - tail])
+        inside |= mine & (residuals >= low) & (residuals <= high)
+    return float(inside.mean())

@@ -235,7 +235,7 @@ def _explain(page: Page, served: Served, plan: ItlPlan, label: str) -> None:
             )
             or "one GPU: none",
         ),
-        ("overhead", parts.overhead_s, f"{served.traffic.num_layers} layers, the step, and its sequences"),
+        ("overhead", parts.overhead_s, f"{served.traffic.num_kernels:,} kernels, the step, and its sequences"),
     ]
     for name, seconds, how in rows:
         page.line(f"  {name:<12}{format_seconds(seconds):>10}  {how}")
@@ -244,8 +244,9 @@ def _explain(page: Page, served: Served, plan: ItlPlan, label: str) -> None:
     page.line(f"  weights: {shown}", "dim")
     if experts is not None:
         page.line(
-            f"  experts touched: 1 − (1 − {served.traffic.top_k_experts}/{served.traffic.num_experts})^tokens = "
-            f"{experts:.1%}",
+            f"  experts touched: {experts:.1%} of {served.traffic.num_experts}, skewed routing; uniform: "
+            f"1 − (1 − {served.traffic.top_k_experts}/{served.traffic.num_experts})^tokens = "
+            f"{traffic['expert_share_uniform']:.1%}",
             "dim",
         )
     for part in traffic["kv_layers"]:
@@ -264,13 +265,13 @@ def _parameters(served: Served, plan: ItlPlan) -> list[str]:
     """What the parameters of this deployment are, in words."""
     p = parameters_of(served)
     is_moe = served.traffic.num_experts > 0
-    layer = math.exp(p["layer_moe_s"] if is_moe else p["layer_dense_s"])
-    experts = f", experts at {math.exp(p['expert_stream']):.0%} of uniform routing" if is_moe else ""
+    kernel_s = format_seconds(math.exp(p["kernel_moe_s"] if is_moe else p["kernel_dense_s"]))
+    experts = f", experts at {float(stream_share(p['expert_stream'])):.0%}" if is_moe else ""
     weights, kv = (float(stream_share(p[name])) for name in ("weight_stream", "kv_stream"))
     step, sequence, collective = (format_seconds(math.exp(p[n])) for n in ("step_s", "sequence_s", "collective_s"))
     found = [
         f"{plan.source}: weights at {weights:.0%} of peak bandwidth{experts}, KV at {kv:.0%}; "
-        f"{format_seconds(layer)} a layer, {step} a step, {sequence} a sequence, {collective} a collective on NVLink"
+        f"{kernel_s} a kernel, {step} a step, {sequence} a sequence, {collective} a collective on NVLink"
     ]
     kernel = kernel_kv_stream(served)
     if kernel is not None:

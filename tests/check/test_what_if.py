@@ -52,22 +52,6 @@ def test_a_smaller_fraction_takes_its_share_of_the_gpu() -> None:
     assert KV - (plan.memory.kv_cache_bytes or 0) == pytest.approx(0.02 * 79.25 * GIB, abs=2)
 
 
-def test_a_term_that_is_given_replaces_the_reported_one() -> None:
-    """15.00 GiB of weights become 10: 5 more for KV."""
-    plan = kvplan.size_from_log(LLAMA, weights_bytes="10GiB")
-    assert plan.memory.weights_bytes == 10 * GIB
-    assert (plan.memory.kv_cache_bytes or 0) - KV == pytest.approx(5 * GIB, abs=2)
-    assert plan.memory.sources["weights_bytes"].source == "given"
-
-
-def test_a_kv_size_the_server_was_told_stays(tmp_path: Path) -> None:
-    log = tmp_path / "vllm.log"
-    log.write_text(
-        LLAMA.read_text().replace("kv_cache_dtype=auto", "kv_cache_dtype=auto, kv_cache_memory_bytes=60354953543")
-    )
-    assert kvplan.size_from_log(log, tp_size=2).memory.kv_cache_bytes == KV
-
-
 def test_what_cannot_be_worked_out_is_said() -> None:
     sglang = LOGS / "sglang-0.4-llama-8b.log"
     with pytest.raises(InputError, match="does not say how much memory a GPU has"):

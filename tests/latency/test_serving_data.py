@@ -70,9 +70,13 @@ def test_the_shipped_report_is_what_the_strict_protocol_gives(data: Path) -> Non
     shipped = profiles.load("calibrations", "serving")["residuals"]
     for name, (low, high) in residual_quantiles(validation).items():
         assert shipped[name] == pytest.approx([low, high], abs=0.02)
-    seen = np.abs(validation.seen_s / validation.data.tpot_s - 1)
-    assert np.mean(seen[validation.is_moe]) < 0.18 and np.median(seen[validation.is_moe]) < 0.11
-    assert np.median(seen[~validation.is_moe]) < 0.065
+    bars = {"seen": ((0.09, 0.065), (0.18, 0.11)), "unseen": ((None, 0.10), (0.28, 0.18))}
+    """All rows, dense and MoE. The MAPE bar of dense groups left out, 13%, is missed: docs/accuracy.md."""
+    for name, pair in bars.items():
+        errors = np.abs(getattr(validation, f"{name}_s") / validation.data.tpot_s - 1)
+        for mask, (mean_bar, median_bar) in zip((~validation.is_moe, validation.is_moe), pair, strict=True):
+            assert mean_bar is None or np.mean(errors[mask]) < mean_bar
+            assert np.median(errors[mask]) < median_bar
     assert all(0.72 <= share <= 0.88 for share in coverage(validation).values())
 
 
@@ -101,8 +105,8 @@ def test_a_hundred_thousand_cases_take_seconds() -> None:
             "common.kv_stream",
         ),
         (
-            {"common": {**profiles.load("calibrations", "serving")["common"], "layer_dense_s": -1.0}},
-            "common.layer_dense_s",
+            {"common": {**profiles.load("calibrations", "serving")["common"], "kernel_dense_s": -1.0}},
+            "common.kernel_dense_s",
         ),
         ({"offsets": {"gpu": {"h200": {"kv_stream": 99}}}}, "offsets.gpu.h200.kv_stream"),
         ({"offsets": {"gpu": {"h200": {"luck": 0.1}}}}, "offsets.gpu.h200.luck"),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from kvplan.latency.capacity import max_batches
 from kvplan.latency.request import make_itl_request
 from kvplan.latency.served import Served, serve
+from kvplan.traffic import touched_share
 
 
 def served(**options: Any) -> Served:
@@ -71,6 +72,29 @@ def test_experts_touched_follow_the_number_of_tokens() -> None:
     assert float(traffic.expert_share_read(np.array(1.0))) == pytest.approx(8 / 128)
     assert float(traffic.expert_share_read(np.array(2.0))) == pytest.approx(1 - (1 - 8 / 128) ** 2)
     assert float(traffic.expert_share_read(np.array(1e4))) == pytest.approx(1)
+
+
+@given(st.integers(1, 10_000), st.floats(0.01, 0.5), st.floats(0.2, 50))
+def test_skewed_routing_touches_fewer_experts_than_uniform(tokens: int, chance: float, evenness: float) -> None:
+    found = float(touched_share(tokens, chance, evenness))
+    uniform = 1 - (1 - chance) ** tokens
+    assert chance - 1e-9 <= found <= uniform + 1e-9  # one token touches its top k, and no more are needed
+    assert found <= float(touched_share(tokens + 1, chance, evenness)) + 1e-12
+    assert float(touched_share(1, chance, evenness)) == pytest.approx(chance)
+    assert float(touched_share(tokens, chance, 1e7)) == pytest.approx(uniform, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model", "kernels"),
+    [
+        ("8b", 32 * (6 + 5)),  # attention and MLP
+        ("qwen3-32b", 64 * (6 + 2 + 5)),  # norms of q and k
+        ("gpt-oss-120b", 36 * (6 + 10)),  # routed experts
+        ("deepseek-v3", 3 * (11 + 5) + 58 * (11 + 10 + 3)),  # latent attention; three dense layers, a shared expert
+    ],
+)
+def test_kernels_of_a_step_are_counted_by_what_layers_are(model: str, kernels: int) -> None:
+    assert served(model=model, tp_size=8).traffic.num_kernels == kernels
 
 
 def test_four_bit_requests_quantise_the_experts_only() -> None:
