@@ -7,7 +7,6 @@ among the bundled profiles, then on the hub when ``huggingface_hub`` is installe
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 from collections.abc import Mapping
@@ -163,6 +162,8 @@ def _download(hub_id: str) -> Path:
     problem = _hub_problem()
     if problem is not None:
         raise _unreachable(hub_id, [*tried, f"the hub ({problem})"], help_offline)
+    import logging
+
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     folder: Path | None = None
     for name in _HUB_FILES:
