@@ -1,5 +1,6 @@
 """Kernel latencies fitted to measurements: what is fitted, how, from what, and how good it is.
 
+``geometry``          cases of decode attention, the GPU figures they need, and which kernel an engine sends them to
 ``attention_model``   the physical form of decode attention and its named parameters
 ``map_fit``           the fit: a maximum a posteriori estimate that outliers cannot pull
 ``samples``           measured points from CSV or JSONL, and which of them are refused

@@ -11,14 +11,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kvplan.calibration import store
-from kvplan.calibration.attention_model import (
-    NAMES,
-    Geometry,
-    Hardware,
-    default_head_dim_v,
-    latency_s,
-    token_bytes_of,
-)
+from kvplan.calibration.attention_model import NAMES, latency_s
+from kvplan.calibration.geometry import Dispatch, Geometry, Hardware, default_head_dim_v, token_bytes_of
 from kvplan.calibration.map_fit import STEP
 from kvplan.dtypes import canonical_kv_dtype, kv_format
 from kvplan.errors import InputError, ProfileError, shorten
@@ -42,7 +36,9 @@ class DtypeCalibration:
         log_spread: standard deviation of each element of ``theta``.
         covariance: of ``theta``; None where so many samples were fitted that only the form's own error is left.
         half_width: half of the 80% interval of the logarithm of the latency, per regime, before ``covariance``.
-        num_samples: usable samples of this dtype.
+        parameter_scale: what the standard deviation from ``covariance`` counts in that half, per regime.
+        num_samples: usable samples of this dtype and kernel.
+        other: the same for the engine's other kernel, where it has one.
 
     """
 
@@ -52,7 +48,8 @@ class DtypeCalibration:
     half_width: Mapping[str, float]
     num_samples: int
     residuals: Mapping[str, float] = field(default_factory=dict)
-    interval_scale: float = 1.2816
+    parameter_scale: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(REGIMES, 1.2816))
+    other: DtypeCalibration | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,7 @@ class AttentionCalibration:
 
     Attributes:
         dtypes: canonical KV dtype → what was fitted for it.
-        alternate_shapes: (head_dim, windowed) that the engine sends to its other kernel.
+        dispatch: what the engine sends to its other kernel.
         valid_range: quantity → (smallest, largest) seen.
         source: one line for people: engine, version, samples, where from.
 
@@ -84,7 +81,7 @@ class AttentionCalibration:
     engine_version: str | None
     hardware: Hardware
     dtypes: Mapping[str, DtypeCalibration]
-    alternate_shapes: tuple[tuple[int, bool], ...]
+    dispatch: Dispatch
     valid_range: Mapping[str, tuple[float, float]]
     source: str
     origin: str
@@ -111,8 +108,7 @@ class AttentionCalibration:
         cases, shape = self.geometry(
             batch, context_tokens, num_q_heads, num_kv_heads, head_dim, head_dim_v, window_tokens, kv_dtype
         )
-        name, _ = self.fitted_dtype(kv_dtype)
-        return latency_s(self.dtypes[name].theta, cases, self.hardware).reshape(shape)
+        return self.predict(cases, kv_dtype)[0].reshape(shape)
 
     def interval(
         self, batch: ArrayLike, context_tokens: ArrayLike, num_q_heads: ArrayLike, num_kv_heads: ArrayLike,
@@ -129,19 +125,24 @@ class AttentionCalibration:
         """Seconds, and half the 80% interval of their logarithm, for each case."""
         name, assumed = self.fitted_dtype(kv_dtype)
         fitted = self.dtypes[name]
+        middle, half = self._predict(fitted, cases)
+        if fitted.other is not None:
+            rows = np.flatnonzero(self.dispatch.other(cases))
+            middle[rows], half[rows] = self._predict(fitted.other, cases.take(rows))
+        half = half * np.where(self.in_range(cases), 1.0, OUT_OF_RANGE_WIDENING)
+        return middle, np.asarray(half * (ASSUMED_WIDENING if assumed else 1.0))
+
+    def _predict(self, fitted: DtypeCalibration, cases: Geometry) -> tuple[Array, Array]:
         middle = latency_s(fitted.theta, cases, self.hardware)
-        pressure = cases.kv_bytes / self.hardware.l2_nominal
-        half = np.select(
-            [pressure < EDGE[0], pressure <= EDGE[1]],
-            [fitted.half_width["l2"], fitted.half_width["edge"]], fitted.half_width["memory"],
-        )  # fmt: skip
+        regime = regime_of(cases, self.hardware)
+        half = np.array([fitted.half_width[name] for name in REGIMES])[regime]
         if fitted.covariance is not None:
             moved = fitted.theta + STEP * np.eye(len(NAMES))
             slopes = (np.log(latency_s(moved, cases, self.hardware)) - np.log(middle)) / STEP
             variance = np.einsum("in,ij,jn->n", slopes, fitted.covariance, slopes)
-            half = np.sqrt(half**2 + fitted.interval_scale**2 * np.maximum(variance, 0))
-        half = half * np.where(self.in_range(cases), 1.0, OUT_OF_RANGE_WIDENING)
-        return middle, np.asarray(half * (ASSUMED_WIDENING if assumed else 1.0))
+            scale = np.array([fitted.parameter_scale[name] for name in REGIMES])[regime]
+            half = np.sqrt(half**2 + scale**2 * np.maximum(variance, 0))
+        return middle, half
 
     def in_range(self, cases: Geometry) -> Array:
         """Which cases lie inside what was measured."""
@@ -193,25 +194,27 @@ class AttentionCalibration:
             raise InputError("batch, context, heads and head_dim must be positive numbers, and the window 0 or more")
         if (flat[2] < flat[3]).any():
             raise InputError("query heads must be at least as many as KV heads")
-        cases = make_geometry(flat, kv_dtype, self.alternate_shapes)
+        cases = make_geometry(flat, kv_dtype)
         return cases, arrays[0].shape
 
 
-def make_geometry(arrays: Sequence[Array], kv_dtype: str, alternate_shapes: tuple[tuple[int, bool], ...]) -> Geometry:
+def make_geometry(arrays: Sequence[Array], kv_dtype: str) -> Geometry:
     """Flat arrays of one KV dtype as a ``Geometry``.
 
     Args:
         arrays: batch, context, query heads, KV heads, head_dim, head_dim of values, window (0: none).
         kv_dtype: what the KV is stored as.
-        alternate_shapes: (head_dim, windowed) of the engine's other kernel.
 
     """
     batch, context, q_heads, kv_heads, head_dim, head_dim_v, window = arrays
-    alternate = np.zeros(len(batch), dtype=bool)
-    for width, windowed in alternate_shapes:
-        alternate |= (head_dim == width) & ((window > 0) == windowed)
     token_bytes = token_bytes_of(kv_dtype, head_dim, head_dim_v)
-    return Geometry(batch, context, q_heads, kv_heads, head_dim, head_dim_v, window, token_bytes, alternate)
+    return Geometry(batch, context, q_heads, kv_heads, head_dim, head_dim_v, window, token_bytes)
+
+
+def regime_of(cases: Geometry, hw: Hardware) -> Array:
+    """Index into ``REGIMES`` for each case."""
+    pressure = cases.kv_bytes / hw.l2_nominal
+    return np.where(pressure < EDGE[0], 0, np.where(pressure <= EDGE[1], 1, 2))
 
 
 def range_quantities(cases: Geometry) -> dict[str, Array]:

@@ -9,43 +9,50 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvplan.calibration.attention import EDGE, REGIMES
-from kvplan.calibration.attention_model import INDEX, PARAMETERS, Geometry, Hardware, latency_s
+from kvplan.calibration.attention import REGIMES
+from kvplan.calibration.attention_model import INDEX, PARAMETERS, latency_s
+from kvplan.calibration.geometry import ONE_KERNEL, Dispatch, Geometry, Hardware
 from kvplan.calibration.map_fit import STAGES, Fit, fit
 from kvplan.calibration.samples import Points
 from kvplan.errors import InputError
 
 Array = NDArray[Any]
-Shapes = tuple[tuple[int, bool], ...]
+LogModel = Callable[[Array], Array]
 MIN_SAMPLES = 8
+DEGREES_OF_FREEDOM = 2.0
+KERNELS_SHARE = 0.5
+"""Correlation that the prior expects between an engine's two kernels."""
+NOISE_SCALES = (0.7, 1.8)
+"""Width of the residual law for KV streamed from memory and for small KV, in units of the fit's stages."""
+AROUND = 0.8
+"""Spreads of the prior by which further starts lie around its mean."""
 ANNEAL_ROWS = 2500
 """Rows a dtype that the annealed search sees; the last stage sees all of them."""
 DERIVED_SPREAD = 1.5
-Z80 = 1.2816
 MIN_HALF_WIDTH = 0.02
 
 
 @dataclass(frozen=True)
 class Prior:
-    """What is believed before the samples: log means per dtype, log spreads, and the engine's alternate kernel.
+    """What is believed before the samples: log means per dtype and kernel, log spreads, and the engine's kernels.
 
     Attributes:
         name: for people.
-        mean: ``[num_dtypes, num_parameters]``.
+        mean: ``[num_dtypes, num_kernels, num_parameters]``.
         spread: ``[num_parameters]``.
-        alternate_shapes: shapes that go to the alternate kernel.
+        dispatch: what goes to the other kernel.
 
     """
 
     name: str
     mean: Array
     spread: Array
-    alternate_shapes: Shapes = ()
+    dispatch: Dispatch = ONE_KERNEL
 
 
 @dataclass(frozen=True)
 class AttentionFit:
-    """A fit and the prior it came from."""
+    """A fit and the prior it came from; sample i belongs to dtype and kernel ``divmod(block[i], num_kernels)``."""
 
     fit: Fit
     prior: Prior
@@ -53,58 +60,100 @@ class AttentionFit:
     block: Array
 
 
-def built_in_prior(num_dtypes: int, slots_per_sm: float, widen: float = 1.0, shapes: Shapes = ()) -> Prior:
+def built_in_prior(num_dtypes: int, slots_per_sm: float, widen: float = 1.0, dispatch: Dispatch = ONE_KERNEL) -> Prior:
     """The priors written in ``attention_model.PARAMETERS``, with ``slots_per_sm`` units at once on an SM."""
     mean = np.log([p.prior for p in PARAMETERS])
     mean[INDEX["slots_per_sm"]] = np.log(slots_per_sm)
     spread = widen * np.array([p.spread for p in PARAMETERS])
-    return Prior(f"built in, {slots_per_sm:g} units an SM", np.tile(mean, (num_dtypes, 1)), spread, shapes)
+    mean = np.tile(mean, (num_dtypes, dispatch.num_kernels, 1))
+    return Prior(f"built in, {slots_per_sm:g} units an SM", mean, spread, dispatch)
 
 
-def precision_of(spread: Array, num_dtypes: int) -> Array:
-    """Prior precision of the flattened parameters; ``Parameter.shared`` is the correlation between dtypes."""
-    count = len(spread)
-    result = np.zeros((num_dtypes, count, num_dtypes, count))
+def precision_of(prior: Prior) -> Array:
+    """Prior precision of the flattened parameters.
+
+    ``Parameter.shared`` is the correlation between dtypes of one kernel, ``KERNELS_SHARE`` that between kernels.
+    """
+    num_dtypes, num_kernels, count = prior.mean.shape
+    kernels = np.full((num_kernels, num_kernels), KERNELS_SHARE)
+    np.fill_diagonal(kernels, 1.0)
+    size = num_dtypes * num_kernels
+    result = np.zeros((size, count, size, count))
     for j, parameter in enumerate(PARAMETERS):
-        correlation = np.full((num_dtypes, num_dtypes), parameter.shared)
-        np.fill_diagonal(correlation, 1.0)
-        result[:, j, :, j] = np.linalg.inv(correlation * spread[j] ** 2)
-    return result.reshape(num_dtypes * count, num_dtypes * count)
+        dtypes = np.full((num_dtypes, num_dtypes), parameter.shared)
+        np.fill_diagonal(dtypes, 1.0)
+        result[:, j, :, j] = np.linalg.inv(np.kron(dtypes, kernels) * prior.spread[j] ** 2)
+    return result.reshape(size * count, size * count)
 
 
-def model_of(cases: Sequence[Geometry], rows: Sequence[Array], total: int, hw: Hardware) -> Callable[[Array], Array]:
-    """Log latencies of all rows from ``[k, num_dtypes, num_parameters]``; dtype b has ``cases[b]`` at ``rows[b]``."""
+def log_model_of(
+    points: Points, dtypes: Sequence[str], hw: Hardware, dispatch: Dispatch
+) -> tuple[LogModel, Array, Array]:
+    """Log latencies of all points from ``[k, num_blocks, num_parameters]``; block and noise scale of each point."""
+    block = np.zeros(len(points), dtype=int)
+    parts = []
+    for number, dtype in enumerate(dtypes):
+        rows = np.flatnonzero(points.kv_dtype == dtype)
+        cases = points.take(rows).geometry(dtype)
+        other = dispatch.other(cases)
+        for kernel in range(dispatch.num_kernels):
+            mine = np.flatnonzero(other == kernel)
+            block[rows[mine]] = number * dispatch.num_kernels + kernel
+            parts.append((rows[mine], cases.take(mine)))
+
+    scale = np.empty(len(points))
+    for rows, cases in parts:
+        scale[rows] = noise_scale(cases, hw)
 
     def log_model(theta: Array) -> Array:
-        result = np.empty((len(theta), total))
-        for b, part in enumerate(cases):
-            if len(part):
-                result[:, rows[b]] = np.log(latency_s(theta[:, b], part, hw))
+        result = np.empty((len(theta), len(points)))
+        for b, (rows, cases) in enumerate(parts):
+            if len(rows):
+                result[:, rows] = np.log(latency_s(theta[:, b], cases, hw))
         return result
 
-    return log_model
+    return log_model, block, scale
+
+
+def noise_scale(cases: Geometry, hw: Hardware) -> Array:
+    """How far measurements stray from any form, relative: KV streamed from memory least, small KV 2.5 times as far."""
+    streamed, small = NOISE_SCALES
+    return np.asarray(streamed + (small - streamed) / (1 + (cases.kv_bytes / hw.l2_nominal) ** 2))
 
 
 def fit_prior(
-    points: Points, dtypes: tuple[str, ...], hw: Hardware, prior: Prior, start: Array | None = None
+    points: Points, dtypes: tuple[str, ...], hw: Hardware, prior: Prior, *, start: Array | None = None,
+    num_starts: int = 1,
+) -> AttentionFit:  # fmt: skip
+    """The best fit of ``points`` under one prior; from ``start``, only the last stage is run.
+
+    The first of ``num_starts`` is the prior's mean, the others lie around it, the same ones each time.
+    """
+    model, block, scale = log_model_of(points, dtypes, hw, prior.dispatch)
+    mean, precision = prior.mean.reshape(-1, len(PARAMETERS)), precision_of(prior)
+    measured = np.log(points.latency_s)
+    law: dict[str, Any] = {"scale": scale, "degrees_of_freedom": DEGREES_OF_FREEDOM}
+    if start is not None:
+        return AttentionFit(
+            fit(model, measured, block, mean, precision, start, STAGES[-1:], 8, **law), prior, dtypes, block
+        )
+    generator = np.random.default_rng(0)
+    around = [mean + AROUND * prior.spread * generator.standard_normal(len(PARAMETERS)) for _ in range(num_starts - 1)]
+    fits = [fit(model, measured, block, mean, precision, begin, **law) for begin in (mean, *around)]
+    return AttentionFit(max(fits, key=lambda found: found.evidence), prior, dtypes, block)
+
+
+def best_fit(
+    points: Points, dtypes: tuple[str, ...], hw: Hardware, priors: Sequence[Prior], num_starts: int = 1
 ) -> AttentionFit:
-    """The fit of ``points`` under one prior; from ``start``, only the last stage is run."""
-    block = np.array([dtypes.index(name) for name in points.kv_dtype])
-    precision = precision_of(prior.spread, len(dtypes))
-    model = _model(points, dtypes, hw, prior.alternate_shapes)
-    stages, iterations = (STAGES, 25) if start is None else (STAGES[-1:], 8)
-    found = fit(model, np.log(points.latency_s), block, prior.mean, precision, start, stages, iterations)
-    return AttentionFit(found, prior, dtypes, block)
-
-
-def best_fit(points: Points, dtypes: tuple[str, ...], hw: Hardware, priors: Sequence[Prior]) -> AttentionFit:
     """The fit whose prior the samples favour; of many samples, some choose it and all settle it."""
     limit = ANNEAL_ROWS * len(dtypes)
     some = points
     if len(points) > limit:
         some = points.take(np.random.default_rng(0).choice(len(points), limit, replace=False))
-    best = max((fit_prior(some, dtypes, hw, prior) for prior in priors), key=lambda found: found.fit.evidence)
-    return best if some is points else fit_prior(points, dtypes, hw, best.prior, best.fit.theta)
+    fits = (fit_prior(some, dtypes, hw, prior, num_starts=num_starts) for prior in priors)
+    best = max(fits, key=lambda found: found.fit.evidence)
+    return best if some is points else fit_prior(points, dtypes, hw, best.prior, start=best.fit.theta)
 
 
 def usable_dtypes(points: Points) -> tuple[str, ...]:
@@ -138,18 +187,6 @@ def _next(have: Points | None) -> str:
     return "measure next: " + ", ".join(f"batch {b} × {c:,} tokens" for b, c in spread)
 
 
-def _model(points: Points, dtypes: tuple[str, ...], hw: Hardware, shapes: Shapes) -> Callable[[Array], Array]:
-    rows = [np.flatnonzero(points.kv_dtype == name) for name in dtypes]
-    cases = [points.take(where).geometry(name, shapes) for name, where in zip(dtypes, rows, strict=True)]
-    return model_of(cases, rows, len(points), hw)
-
-
-def regime_of(cases: Geometry, hw: Hardware) -> Array:
-    """Index into ``REGIMES`` for each case."""
-    pressure = cases.kv_bytes / hw.l2_nominal
-    return np.where(pressure < EDGE[0], 0, np.where(pressure <= EDGE[1], 1, 2))
-
-
 def residual_half_widths(residuals: Array, regime: Array) -> dict[str, float]:
     """Half of the 80% interval of the log latency in each regime, from residuals of many rows."""
     overall = float(np.quantile(np.abs(residuals), 0.8))
@@ -160,19 +197,25 @@ def residual_half_widths(residuals: Array, regime: Array) -> dict[str, float]:
     return widths
 
 
-def learn_alternate_shapes(points: Points) -> Shapes:
+def learn_dispatch(points: Points) -> Dispatch:
     """Shapes served by a second kernel, where samples name their kernel: those not on the most frequent one."""
     labels, counts = np.unique(points.kernel.astype(str), return_counts=True)
     named = labels != ""
     if named.sum() < 2:
-        return ()
+        return ONE_KERNEL
     main = labels[named][np.argmax(counts[named])]
-    windowed = points.columns["window_tokens"] > 0
-    votes: dict[tuple[int, bool], list[bool]] = {}
-    for width, window, label in zip(points.columns["head_dim"], windowed, points.kernel, strict=True):
+    columns = points.columns
+    group = columns["num_q_heads"] // columns["num_kv_heads"]
+    votes: dict[tuple[int, bool], dict[int, list[bool]]] = {}
+    for width, window, heads, label in zip(columns["head_dim"], columns["window_tokens"], group, points.kernel,
+                                           strict=True):  # fmt: skip
         if label:
-            votes.setdefault((int(width), bool(window)), []).append(label != main)
-    return tuple(sorted(shape for shape, other in votes.items() if np.mean(other) > 0.5))
+            votes.setdefault((int(width), bool(window)), {}).setdefault(int(heads), []).append(label != main)
+    shapes: list[tuple[int, bool, int | None]] = []
+    for shape, groups in sorted(votes.items()):
+        other = [heads for heads, cast in sorted(groups.items()) if np.mean(cast) > 0.5]
+        shapes += [(*shape, None)] if len(other) == len(groups) else [(*shape, heads) for heads in other]
+    return Dispatch(tuple(shapes))
 
 
 def summary(residuals: Array) -> Mapping[str, float]:

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvplan.calibration.attention import AttentionCalibration
-from kvplan.calibration.attention_fit import best_fit, learn_alternate_shapes, usable_dtypes
-from kvplan.calibration.attention_model import hardware_of
+from kvplan.calibration.attention_fit import best_fit, learn_dispatch, usable_dtypes
 from kvplan.calibration.document import attention_document
+from kvplan.calibration.geometry import hardware_of
 from kvplan.calibration.priors import candidate_priors
 from kvplan.calibration.samples import Points, Refused, Row, read_points, read_rows, refuse_impossible
 from kvplan.calibration.schema import attention_from_json
@@ -79,7 +79,7 @@ def calibrate_points(
     """The calibration document of points, under the priors of ``calibrations`` (those that ship when None)."""
     dtypes = usable_dtypes(points)
     hw = hardware_of(gpu)
-    priors = candidate_priors(dtypes, gpu.name, calibrations, learn_alternate_shapes(points))
+    priors = candidate_priors(dtypes, gpu.name, calibrations, learn_dispatch(points))
     found = best_fit(points, dtypes, hw, priors)
     return attention_document(
         found, points, gpu, hw, name=name, engine=engine, engine_version=engine_version, sources=sources, date=date
@@ -95,7 +95,7 @@ def predict_file(cases: Path, document: dict[str, Any]) -> Predictions:
     assumed, inside = np.zeros(len(rows), dtype=bool), np.ones(len(rows), dtype=bool)
     for dtype in sorted(set(points.kv_dtype)):
         mine = points.take(points.kv_dtype == dtype)
-        geometry = mine.geometry(dtype, calibration.alternate_shapes)
+        geometry = mine.geometry(dtype)
         seconds, half = calibration.predict(geometry, dtype)
         middle[mine.rows], low[mine.rows], high[mine.rows] = seconds, seconds * np.exp(-half), seconds * np.exp(half)
         assumed[mine.rows] = calibration.fitted_dtype(dtype)[1]

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvplan.calibration.attention import range_quantities
+from kvplan.calibration.attention import range_quantities, regime_of
 from kvplan.calibration.attention_fit import (
-    Z80,
     AttentionFit,
-    regime_of,
+    noise_scale,
     residual_half_widths,
     summary,
 )
-from kvplan.calibration.attention_model import INDEX, NAMES, PARAMETERS, Hardware
+from kvplan.calibration.attention_model import INDEX, NAMES, PARAMETERS
+from kvplan.calibration.geometry import Geometry, Hardware
 from kvplan.calibration.samples import Points
 from kvplan.calibration.schema import HARDWARE_FIELDS, KIND, SCHEMA_VERSION
 from kvplan.files import write_text
@@ -27,11 +27,11 @@ from kvplan.gpu import GpuSpec
 Array = NDArray[Any]
 FEW_SAMPLES = 1000
 """Below this many samples a dtype the uncertainty of the parameters is kept in the file."""
-FEW_SAMPLES_SCALE = 2.14
-PARAMETER_SCALE = 3.43
-"""Half the 80% interval of few samples is the root of (2.14 · spread of their residuals)² + 3.43² · variance from the
-parameters: the pair that covers 80% of held-out rows, set on seven tables at a time and judged on the eighth."""
-FEW_SAMPLES_WIDTHS = (0.015, 0.12)
+FEW_SAMPLES_SCALE = {"l2": 2.9, "edge": 2.1, "memory": 0.8}
+PARAMETER_SCALE = {"l2": 3.0, "edge": 3.0, "memory": 1.8}
+"""Half the 80% interval of few samples is the root of (scale · spread of their residuals)² + scale² · variance from the
+parameters: the pairs that cover 80% of held-out rows of the public tables."""
+FEW_SAMPLES_SPREAD = (0.02, 0.06)
 MAX_REFUSED_LISTED = 1000
 
 
@@ -39,14 +39,15 @@ def attention_document(
     found: AttentionFit, points: Points, gpu: GpuSpec, hw: Hardware, *, name: str, engine: str | None,
     engine_version: str | None, sources: Sequence[Mapping[str, str]], date: str,
 ) -> dict[str, Any]:  # fmt: skip
-    """The calibration file's JSON: one entry a KV dtype, with what it was fitted from and how well."""
-    shapes = found.prior.alternate_shapes
+    """The calibration file's JSON: one entry a KV dtype and kernel, with what it was fitted from and how well."""
+    dispatch = found.prior.dispatch
     entries: dict[str, Any] = {}
     ranges: dict[str, tuple[float, float]] = {}
-    for b, dtype in enumerate(found.dtypes):
-        mine = found.block == b
-        cases = points.take(mine).geometry(dtype, shapes)
-        entries[dtype] = _entry(found, b, found.fit.residuals[mine], regime_of(cases, hw), hw)
+    for number, dtype in enumerate(found.dtypes):
+        mine = points.kv_dtype == dtype
+        cases = points.take(mine).geometry(dtype)
+        kernels = [_entry(found, number, kernel, mine, cases, hw) for kernel in range(dispatch.num_kernels)]
+        entries[dtype] = {**kernels[0], "other_kernel": kernels[1] if len(kernels) > 1 else None}
         for quantity, values in range_quantities(cases).items():
             low, high = ranges.get(quantity, (np.inf, -np.inf))
             ranges[quantity] = (min(low, float(values.min())), max(high, float(values.max())))
@@ -65,25 +66,35 @@ def attention_document(
         "refused": [{"line": item.line, "reason": item.reason} for item in points.refused[:MAX_REFUSED_LISTED]],
         "prior": found.prior.name,
         "hardware": {key: _rounded(getattr(hw, field)) for field, (key, _, _) in HARDWARE_FIELDS.items()},
-        "alternate_shapes": [{"head_dim": width, "windowed": windowed} for width, windowed in shapes],
+        "other_kernel": {
+            "shapes": [
+                {"head_dim": width, "windowed": windowed, "q_heads_per_kv_head": group}
+                for width, windowed, group in dispatch.shapes
+            ],
+            "rule": dispatch.rule,
+        },
         "valid_range": {quantity: [low, high] for quantity, (low, high) in ranges.items()},
         "kv_dtypes": entries,
     }
 
 
-def _entry(found: AttentionFit, b: int, residuals: Array, regime: Array, hw: Hardware) -> dict[str, Any]:
+def _entry(found: AttentionFit, number: int, kernel: int, mine: Array, cases: Geometry, hw: Hardware) -> dict[str, Any]:
+    """One kernel of one dtype; where few samples are its own, the spread of its dtype's stands for it."""
+    b = number * found.prior.dispatch.num_kernels + kernel
     theta = found.fit.theta[b]
     values = np.exp(theta)
     count = len(NAMES)
     covariance = found.fit.covariance[b * count : (b + 1) * count, b * count : (b + 1) * count]
+    residuals, own = found.fit.residuals[mine], found.block[mine] == b
     few = len(residuals) < FEW_SAMPLES
     if few:
-        spread = float(np.clip(1.4826 * np.median(np.abs(residuals)), *FEW_SAMPLES_WIDTHS))
-        widths = dict.fromkeys(("l2", "edge", "memory"), FEW_SAMPLES_SCALE * spread)
+        scaled = np.abs(residuals) / noise_scale(cases, hw)
+        spread = float(np.clip(1.4826 * np.median(scaled), *FEW_SAMPLES_SPREAD))
+        widths = {regime: scale * spread for regime, scale in FEW_SAMPLES_SCALE.items()}
     else:
-        widths = residual_half_widths(residuals, regime)
+        widths = residual_half_widths(residuals[own], regime_of(cases.take(own), hw))
     return {
-        "num_samples": len(residuals),
+        "num_samples": int(own.sum()),
         "intercept_s": _rounded(values[INDEX["launch_s"]]),
         "effective_bandwidth_bytes_per_s": _rounded(values[INDEX["bandwidth_fraction"]] * hw.peak),
         "l2_bandwidth_bytes_per_s": _rounded(values[INDEX["l2_bandwidth_bytes_per_s"]]),
@@ -94,9 +105,9 @@ def _entry(found: AttentionFit, b: int, residuals: Array, regime: Array, hw: Har
             }
             for j, p in enumerate(PARAMETERS)
         },
-        "residuals": {key: _rounded(value) for key, value in summary(residuals).items()},
+        "residuals": {key: _rounded(value) for key, value in summary(residuals[own]).items()} if own.any() else None,
         "half_width_log": {key: _rounded(value) for key, value in widths.items()},
-        "interval_scale": PARAMETER_SCALE if few else Z80,
+        "parameter_scale": PARAMETER_SCALE if few else None,
         "covariance_log": [[_rounded(x, 5) for x in row] for row in covariance] if few else None,
     }  # fmt: skip
 

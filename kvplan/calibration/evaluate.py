@@ -106,7 +106,7 @@ def _predict(samples: Points, test: Points, gpu: GpuSpec, known: Sequence[Attent
     middle, half = np.empty(len(test)), np.empty(len(test))
     for dtype in set(test.kv_dtype):
         mine = test.kv_dtype == dtype
-        cases = test.take(mine).geometry(dtype, calibration.alternate_shapes)
+        cases = test.take(mine).geometry(dtype)
         middle[mine], half[mine] = calibration.predict(cases, dtype)
     return middle, half
 

@@ -52,6 +52,9 @@ def fit(
     start: Array | None = None,
     stages: tuple[float, ...] = STAGES,
     iterations: int = 25,
+    *,
+    scale: Array | float = 1.0,
+    degrees_of_freedom: float = DEGREES_OF_FREEDOM,
 ) -> Fit:
     """The parameters with the highest posterior.
 
@@ -65,12 +68,16 @@ def fit(
         start: where to begin; the prior mean when None.
         stages: widths of the residual law (log units), wide to narrow.
         iterations: at most this many steps a stage.
+        scale: ``[n]``, how wide each sample's residual law is, in units of the stages' widths.
+        degrees_of_freedom: of the residual law; fewer give wrong samples less pull.
 
     """
     theta = mean.copy() if start is None else start.copy()
     cost, hessian = 0.0, precision
     for sigma in stages:
-        theta, cost, hessian = _descend(log_model, log_measured, block, mean, precision, theta, sigma, iterations)
+        theta, cost, hessian = _descend(
+            log_model, log_measured, block, mean, precision, theta, sigma * scale, degrees_of_freedom, iterations
+        )
     residuals = log_measured - log_model(theta[None])[0]
     evidence = -cost - 0.5 * float(np.linalg.slogdet(hessian)[1] - np.linalg.slogdet(precision)[1])
     return Fit(theta, np.linalg.inv(hessian), cost, evidence, residuals)
@@ -89,10 +96,8 @@ def jacobian(log_model: Callable[[Array], Array], theta: Array, block: Array, ba
 
 def _descend(
     log_model: Callable[[Array], Array], log_measured: Array, block: Array, mean: Array, precision: Array,
-    theta: Array, sigma: float, iterations: int,
+    theta: Array, sigma: Array | float, nu: float, iterations: int,
 ) -> tuple[Array, float, Array]:  # fmt: skip
-    nu = DEGREES_OF_FREEDOM
-
     def cost_of(point: Array, predicted: Array) -> float:
         misfit = (nu + 1) / 2 * np.log1p((predicted - log_measured) ** 2 / (nu * sigma**2)).sum()
         away = (point - mean).ravel()

@@ -24,11 +24,11 @@ from numpy.typing import NDArray
 from kvplan.calibration.attention_fit import summary
 from kvplan.calibration.attention_model import Parameter
 from kvplan.calibration.map_fit import Fit, fit
+from kvplan.calibration.schema import OTHER_SCHEMA_VERSION
 from kvplan.errors import InputError
 from kvplan.gpu import GpuSpec
 
 Array = NDArray[Any]
-SCHEMA_VERSION = 1
 BYTES_PER_ELEMENT = 2
 LATENT, ROPE = 512, 64
 TILE_ROWS = 64
@@ -124,7 +124,7 @@ def fitted_document(
         if len(rows) >= min_rows:
             entries[str(label)] = _entry(parameters, model, table, rows, str(label), reported or {})
     return {
-        "schema_version": SCHEMA_VERSION, "kind": kind, **about,
+        "schema_version": OTHER_SCHEMA_VERSION, "kind": kind, **about,
         "num_samples": sum(entry["num_samples"] for entry in entries.values()),
         "valid_range": {name: [float(values.min()), float(values.max())] for name, values in table.ranges.items()},
         "entries": entries,

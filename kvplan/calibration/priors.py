@@ -16,6 +16,7 @@ from kvplan import profiles
 from kvplan.calibration.attention import AttentionCalibration
 from kvplan.calibration.attention_fit import Prior, built_in_prior
 from kvplan.calibration.attention_model import INDEX, PARAMETERS
+from kvplan.calibration.geometry import ONE_KERNEL, RULES, Dispatch
 from kvplan.calibration.schema import KIND, attention_from_json
 from kvplan.dtypes import kv_format
 
@@ -31,7 +32,7 @@ INFORMED = 1.2
 BY_WIDTH = ("bandwidth_fraction", "unit_s")
 """Parameters whose median is taken over calibrations of the same element width only."""
 SHAPE_PREFIXES = ("bandwidth_ratio", "launch_ratio", "unit_ratio", "group", "max_splits", "wide", "window", "flops",
-                  "page", "sm_band", "long")  # fmt: skip
+                  "page", "sm_", "long", "tile")  # fmt: skip
 
 
 def shipped(exclude: Collection[str] = ()) -> list[AttentionCalibration]:
@@ -46,7 +47,7 @@ def shipped(exclude: Collection[str] = ()) -> list[AttentionCalibration]:
 
 def candidate_priors(
     dtypes: Sequence[str], gpu: str, known: Sequence[AttentionCalibration] | None = None,
-    seen_shapes: tuple[tuple[int, bool], ...] = (),
+    seen: Dispatch = ONE_KERNEL,
 ) -> list[Prior]:  # fmt: skip
     """The priors to try for samples of ``dtypes`` on ``gpu`` (a profile's name).
 
@@ -54,42 +55,49 @@ def candidate_priors(
         dtypes: canonical KV dtypes, in the order of the fit's blocks.
         gpu: the GPU's profile name.
         known: calibrations to learn from; those that ship when None.
-        seen_shapes: shapes that the samples themselves say go to the alternate kernel.
+        seen: what the samples themselves say goes to the alternate kernel.
 
     """
     calibrations = shipped() if known is None else list(known)
     if not calibrations:
-        return [built_in_prior(len(dtypes), slots) for slots in (1.0, 2.0)]
+        return [built_in_prior(len(dtypes), slots, dispatch=seen) for slots in (1.0, 2.0)]
     narrow = [_is_narrow(name) for name in dtypes]
     means, spread = _population(calibrations)
-    mean = np.array([means[flag] for flag in narrow])
     slots = INDEX["slots_per_sm"]
     priors = []
-    for count in (1.0, 2.0):
-        here, width = mean.copy(), spread.copy()
-        here[:, slots], width[slots] = np.log(count), SLOTS_SPREAD
-        priors.append(Prior(f"all shipped calibrations, {count:g} units an SM", here, width, seen_shapes))
+    for rule in (None, *RULES):
+        dispatch = Dispatch(seen.shapes, rule)
+        for count in (1.0, 2.0):
+            mean = np.array([[means[flag]] * dispatch.num_kernels for flag in narrow])
+            mean[..., slots], width = np.log(count), spread.copy()
+            width[slots] = SLOTS_SPREAD
+            name = f"all shipped calibrations, {count:g} units an SM" + (f", {rule}" if rule else "")
+            priors.append(Prior(name, mean, width, dispatch))
     shape = np.array([p.name.startswith(SHAPE_PREFIXES) for p in PARAMETERS])
     for calibration in calibrations:
-        like = np.array([_theta(calibration, flag, means) for flag in narrow])
+        shapes = tuple(dict.fromkeys(seen.shapes + calibration.dispatch.shapes))
+        dispatch = Dispatch(shapes, calibration.dispatch.rule)
+        like = np.array([_theta(calibration, flag, means)[: dispatch.num_kernels] for flag in narrow])
         factor = np.where(shape, SHAPE_FACTOR, LIKE_ANOTHER)
         closer = SAME_GPU if calibration.gpu == gpu else ()
         for scale in (factor, *(np.full(len(factor), value) for value in closer)):
             width = np.maximum(spread * scale, MIN_SPREAD)
             width[slots] = min(SLOTS_SPREAD, width[slots])
-            priors.append(Prior(f"like {calibration.name}", like, width, seen_shapes or calibration.alternate_shapes))
+            priors.append(Prior(f"like {calibration.name}", like, width, dispatch))
     return priors
 
 
 def _population(calibrations: Sequence[AttentionCalibration]) -> tuple[dict[bool, Array], Array]:
     """Median log parameters of wide and of narrow KV, and their common spread."""
     fits = [
-        (_is_narrow(dtype), fitted.theta, fitted.log_spread)
+        (_is_narrow(dtype), kernel.theta, kernel.log_spread)
         for calibration in calibrations
         for dtype, fitted in calibration.dtypes.items()
+        for kernel in (fitted, fitted.other)
+        if kernel is not None
     ]
     built_in = built_in_prior(1, 1.0)
-    mean, spread = built_in.mean[0].copy(), built_in.spread.copy()
+    mean, spread = built_in.mean[0, 0].copy(), built_in.spread.copy()
     means = {False: mean, True: mean.copy()}
     for j, parameter in enumerate(PARAMETERS):
         informed = [(flag, theta[j]) for flag, theta, width in fits if width[j] < INFORMED * parameter.spread]
@@ -105,13 +113,12 @@ def _population(calibrations: Sequence[AttentionCalibration]) -> tuple[dict[bool
     return means, spread
 
 
-def _theta(calibration: AttentionCalibration, narrow: bool, means: dict[bool, Array]) -> Array:
-    """Log parameters of the calibration's dtype of this width; of its other dtype, shifted, where it has none."""
-    for dtype, fitted in calibration.dtypes.items():
-        if _is_narrow(dtype) == narrow:
-            return fitted.theta
-    other = next(iter(calibration.dtypes.values())).theta
-    return np.asarray(other + means[narrow] - means[not narrow])
+def _theta(calibration: AttentionCalibration, narrow: bool, means: dict[bool, Array]) -> list[Array]:
+    """Log parameters of both kernels for this width of KV; of its other dtype, shifted, where it has none."""
+    found = next((fit for dtype, fit in calibration.dtypes.items() if _is_narrow(dtype) == narrow), None)
+    shift = 0.0 if found is not None else means[narrow] - means[not narrow]
+    found = found or next(iter(calibration.dtypes.values()))
+    return [found.theta + shift, means[narrow] if found.other is None else found.other.theta + shift]
 
 
 def _is_narrow(kv_dtype: str) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvplan.calibration.attention import make_geometry
-from kvplan.calibration.attention_model import Geometry, default_head_dim_v
+from kvplan.calibration.geometry import Geometry, default_head_dim_v
 from kvplan.dtypes import KV_FORMATS, canonical_kv_dtype
 from kvplan.errors import InputError, KvplanError, shorten
 from kvplan.gpu import GpuSpec
@@ -78,9 +78,9 @@ class Points:
         columns = {name: values[chosen] for name, values in self.columns.items()}
         return Points(self.rows[chosen], self.kv_dtype[chosen], columns, self.latency_s[chosen], self.kernel[chosen])
 
-    def geometry(self, kv_dtype: str, alternate_shapes: tuple[tuple[int, bool], ...] = ()) -> Geometry:
+    def geometry(self, kv_dtype: str) -> Geometry:
         """Every point as a case of ``kv_dtype``."""
-        return make_geometry([self.columns[name] for name in GEOMETRY_COLUMNS], kv_dtype, alternate_shapes)
+        return make_geometry([self.columns[name] for name in GEOMETRY_COLUMNS], kv_dtype)
 
 
 def read_rows(path: Path) -> tuple[list[str], list[Row]]:

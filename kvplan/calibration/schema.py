@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from kvplan.calibration.attention import REGIMES, AttentionCalibration, DtypeCalibration
-from kvplan.calibration.attention_model import NAMES, PARAMETERS, Hardware
+from kvplan.calibration.attention_model import NAMES, PARAMETERS
+from kvplan.calibration.geometry import RULES, Dispatch, Hardware
 from kvplan.calibration.store import SHIPPED
 from kvplan.dtypes import KV_FORMATS, canonical_kv_dtype
 from kvplan.errors import KvplanError, ProfileError, shorten
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+OTHER_SCHEMA_VERSION = 1
 KIND = "attention"
 OTHER_KINDS = ("all_reduce", "gemm", "mla_decode", "moe")
 MAX_FACTOR = 1e6
@@ -55,7 +58,8 @@ def attention_from_json(data: Mapping[str, Any], where: str, origin: str = SHIPP
     fitted = check.table(data, "kv_dtypes")
     if not fitted:
         raise ProfileError(f"{where}: kv_dtypes is empty")
-    dtypes = {check.kv_dtype(name): _dtype(check, name, entry) for name, entry in fitted.items()}
+    dispatch = check.dispatch(data.get("other_kernel"))
+    dtypes = {check.kv_dtype(name): _dtype(check, name, entry, dispatch) for name, entry in fitted.items()}
     ranges = {
         name: check.pair(value, f"valid_range.{name}") for name, value in check.table(data, "valid_range").items()
     }
@@ -64,13 +68,13 @@ def attention_from_json(data: Mapping[str, Any], where: str, origin: str = SHIPP
     for key, value in (("engine", engine), ("engine_version", version)):
         if value is not None and not isinstance(value, str):
             raise ProfileError(f"{where}: {key} must be text or null")
-    samples = sum(entry.num_samples for entry in dtypes.values())
+    samples = sum(entry.num_samples + (entry.other.num_samples if entry.other else 0) for entry in dtypes.values())
     made_with = f"{engine} {version}" if engine and version else engine or "an unnamed engine"
     date = check.text(data, "date")
     source = f"calibration {name} ({made_with}, {samples:,} samples, {date}, {origin})"
     return AttentionCalibration(
         name, check.text(data, "gpu"), engine or "", version, hardware, dtypes,
-        check.shapes(data.get("alternate_shapes", [])), ranges, source, origin, date,
+        dispatch, ranges, source, origin, date,
     )  # fmt: skip
 
 
@@ -83,8 +87,8 @@ def check_other(data: Mapping[str, Any], where: str) -> None:
     """
     check = _Checker(where)
     check.finite(data, "")
-    if data.get("schema_version") != SCHEMA_VERSION:
-        raise ProfileError(f"{where}: schema_version must be {SCHEMA_VERSION}")
+    if data.get("schema_version") != OTHER_SCHEMA_VERSION:
+        raise ProfileError(f"{where}: schema_version must be {OTHER_SCHEMA_VERSION}")
     for key in ("name", "gpu", "engine", "date"):
         check.text(data, key)
     entries = check.table(data, "entries")
@@ -96,8 +100,15 @@ def check_other(data: Mapping[str, Any], where: str) -> None:
             check.number(item, "value", f"{at}.parameters.{key}.value", 1e-15, 1e18)
 
 
-def _dtype(check: _Checker, name: str, entry: Any) -> DtypeCalibration:
+def _dtype(check: _Checker, name: str, entry: Any, dispatch: Dispatch) -> DtypeCalibration:
     at = f"kv_dtypes.{name}"
+    main = _kernel(check, at, entry)
+    if dispatch.num_kernels == 1:
+        return main
+    return replace(main, other=_kernel(check, f"{at}.other_kernel", entry.get("other_kernel")))
+
+
+def _kernel(check: _Checker, at: str, entry: Any) -> DtypeCalibration:
     if not isinstance(entry, Mapping):
         raise ProfileError(f"{check.where}: {at} must be an object")
     values = check.table(entry, "parameters", f"{at}.parameters")
@@ -117,15 +128,14 @@ def _dtype(check: _Checker, name: str, entry: Any) -> DtypeCalibration:
         spread.append(check.number(item, "log_spread", f"{path}.log_spread", 0, 100))
     for key, (low, high) in FIGURES.items():
         check.number(entry, key, f"{at}.{key}", low, high)
-    widths = check.table(entry, "half_width_log", f"{at}.half_width_log")
-    half = {regime: check.number(widths, regime, f"{at}.half_width_log.{regime}", 1e-6, 5) for regime in REGIMES}
-    samples = check.number(entry, "num_samples", f"{at}.num_samples", 1, 1e12)
-    scale = check.number(entry, "interval_scale", f"{at}.interval_scale", 1e-3, 100)
+    half = check.per_regime(entry, "half_width_log", at, 1e-6, 5)
+    samples = check.number(entry, "num_samples", f"{at}.num_samples", 0, 1e12)
     residuals = entry.get("residuals") if isinstance(entry.get("residuals"), Mapping) else {}
     covariance = check.covariance(entry.get("covariance_log"), f"{at}.covariance_log")
-    return DtypeCalibration(
-        np.array(theta), np.array(spread), covariance, half, int(samples), dict(residuals or {}), scale
-    )
+    fitted = DtypeCalibration(np.array(theta), np.array(spread), covariance, half, int(samples), dict(residuals or {}))
+    if covariance is None:
+        return fitted
+    return replace(fitted, parameter_scale=check.per_regime(entry, "parameter_scale", at, 1e-3, 100))
 
 
 class _Checker:
@@ -162,6 +172,10 @@ class _Checker:
             raise ProfileError(f"{self.where}: {path} must be a number from {low:g} to {high:g}, not {shorten(value)}")
         return float(value)
 
+    def per_regime(self, data: Mapping[str, Any], key: str, at: str, low: float, high: float) -> dict[str, float]:
+        values = self.table(data, key, f"{at}.{key}")
+        return {regime: self.number(values, regime, f"{at}.{key}.{regime}", low, high) for regime in REGIMES}
+
     def pair(self, value: Any, path: str) -> tuple[float, float]:
         if not isinstance(value, list) or len(value) != 2:
             raise ProfileError(f"{self.where}: {path} must be [smallest, largest]")
@@ -179,14 +193,26 @@ class _Checker:
             raise ProfileError(f"{self.where}: kv_dtypes.{shorten(name)} is not a named KV dtype")
         return found
 
-    def shapes(self, value: Any) -> tuple[tuple[int, bool], ...]:
-        good = isinstance(value, list) and all(
-            isinstance(item, Mapping) and type(item.get("head_dim")) is int and type(item.get("windowed")) is bool
-            for item in value
-        )
-        if not good:
-            raise ProfileError(f'{self.where}: alternate_shapes must be a list of {{"head_dim", "windowed"}}')
-        return tuple((item["head_dim"], item["windowed"]) for item in value)
+    def dispatch(self, value: Any) -> Dispatch:
+        rule = value.get("rule") if isinstance(value, Mapping) else 0
+        if rule is not None and not (isinstance(rule, str) and rule in RULES):
+            raise ProfileError(
+                f"{self.where}: other_kernel must be an object whose rule is null or one of {', '.join(RULES)}"
+            )
+        shapes = value.get("shapes")
+        if not isinstance(shapes, list):
+            raise ProfileError(f"{self.where}: other_kernel.shapes must be a list")
+        found = []
+        for number, item in enumerate(shapes):
+            shape = item if isinstance(item, Mapping) else {}
+            width, windowed, group = (shape.get(key) for key in ("head_dim", "windowed", "q_heads_per_kv_head"))
+            if type(width) is not int or type(windowed) is not bool or not (group is None or type(group) is int):
+                raise ProfileError(
+                    f"{self.where}: other_kernel.shapes[{number}] needs head_dim (a whole number), windowed (true or "
+                    "false) and q_heads_per_kv_head (a whole number or null)"
+                )
+            found.append((width, windowed, group))
+        return Dispatch(tuple(found), rule)
 
     def covariance(self, value: Any, path: str) -> np.ndarray[Any, Any] | None:
         if value is None:

@@ -28,17 +28,17 @@ class Errors(Protocol):
 
 
 def show_fit(console: Console, document: Mapping[str, Any]) -> None:
-    """One line a KV dtype: samples, intercept, effective bandwidth, residuals."""
+    """One line a KV dtype and kernel: samples, intercept, effective bandwidth, residuals."""
     columns = ("KV dtype", "samples", "intercept", "bandwidth", "of peak", "from L2", "median error", "p90 error")
     table = make_table(*columns, right=(1, 2, 3, 4, 5, 6, 7))
     peak = document["hardware"]["memory_bandwidth_bytes_per_s"]
-    for name, entry in document["kv_dtypes"].items():
-        bandwidth, residuals = entry["effective_bandwidth_bytes_per_s"], entry["residuals"]
+    for name, entry in _kernels(document).items():
+        bandwidth, residuals = entry["effective_bandwidth_bytes_per_s"], entry["residuals"] or {}
         add_row(
             table, name, f"{entry['num_samples']:,}", format_seconds(entry["intercept_s"]),
             f"{bandwidth / 1e12:.2f} TB/s", format_percent(bandwidth / peak, 0),
-            f"{entry['l2_bandwidth_bytes_per_s'] / 1e12:.1f} TB/s", format_percent(residuals["median_error"]),
-            format_percent(residuals["p90_error"]),
+            f"{entry['l2_bandwidth_bytes_per_s'] / 1e12:.1f} TB/s",
+            *(format_percent(residuals[key]) if residuals else "-" for key in ("median_error", "p90_error")),
         )  # fmt: skip
     console.print(table)
 
@@ -61,19 +61,38 @@ def show_attention(console: Console, document: Mapping[str, Any], origin: str) -
     for source in document["sources"]:
         console.print("source: " + ", ".join(str(value) for value in source.values()), markup=False)
     show_fit(console, document)
-    names = list(document["kv_dtypes"])
-    table = make_table("parameter", *names, "unit", "what it is", wrap=(len(names) + 2,))
-    first = document["kv_dtypes"][names[0]]["parameters"]
+    _show_other_kernel(console, document["other_kernel"])
+    kernels = _kernels(document)
+    table = make_table("parameter", *kernels, "unit", "what it is", wrap=(len(kernels) + 2,))
+    first = next(iter(kernels.values()))["parameters"]
     for key, about in first.items():
-        cells = [
-            f"{document['kv_dtypes'][name]['parameters'][key]['value']:.3g} "
-            f"±{document['kv_dtypes'][name]['parameters'][key]['log_spread']:.0%}"
-            for name in names
-        ]
+        fitted = [entry["parameters"][key] for entry in kernels.values()]
+        cells = [f"{item['value']:.3g} ±{item['log_spread']:.0%}" for item in fitted]
         add_row(table, key, *cells, about["unit"], about["meaning"])
     console.print(table)
     ranges = "; ".join(f"{key} {low:,.0f}–{high:,.0f}" for key, (low, high) in document["valid_range"].items())
     console.print(f"valid for {ranges}; outside it the interval widens by half", markup=False)
+
+
+def _kernels(document: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """What was fitted, by label: each KV dtype, and its other kernel where the engine has one."""
+    found = {}
+    for name, entry in document["kv_dtypes"].items():
+        found[name] = entry
+        if entry.get("other_kernel"):
+            found[f"{name} (2)"] = entry["other_kernel"]
+    return found
+
+
+def _show_other_kernel(console: Console, dispatch: Mapping[str, Any]) -> None:
+    shapes = [
+        f"head_dim {shape['head_dim']}{' windowed' if shape['windowed'] else ''}"
+        + (f" with {group} query heads a KV head" if (group := shape["q_heads_per_kv_head"]) else "")
+        for shape in dispatch["shapes"]
+    ]
+    rules = [f"what the rule {dispatch['rule']} says"] if dispatch["rule"] else []
+    if shapes or rules:
+        console.print(f"(2) is the engine's other kernel: {'; '.join(shapes + rules)}", markup=False)
 
 
 def show_other(console: Console, document: Mapping[str, Any], origin: str) -> None:

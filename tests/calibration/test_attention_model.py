@@ -10,14 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvplan.calibration.attention import find_attention, make_geometry
-from kvplan.calibration.attention_model import (
-    INDEX,
-    PARAMETERS,
-    default_head_dim_v,
-    hardware_of,
-    latency_s,
-    token_bytes_of,
-)
+from kvplan.calibration.attention_model import INDEX, PARAMETERS, latency_s
+from kvplan.calibration.geometry import ONE_KERNEL, Dispatch, default_head_dim_v, hardware_of, token_bytes_of
 from kvplan.errors import InputError
 from kvplan.gpu import load_gpu
 
@@ -44,7 +38,7 @@ def cases(shape: dict[str, int], kv_dtype: str = "bf16", **changed: list[int]):
     column = {name: np.resize(np.array(value, dtype=float), rows) for name, value in values.items()}
     arrays = [column["batch"], column["context"], column["kv_heads"] * column["group"], column["kv_heads"],
               column["head_dim"], default_head_dim_v(column["head_dim"]), column["window"]]  # fmt: skip
-    return make_geometry(arrays, kv_dtype, ())
+    return make_geometry(arrays, kv_dtype)
 
 
 @settings(max_examples=150, deadline=None)
@@ -97,6 +91,25 @@ def test_bytes_of_a_token_count_scales_and_narrow_values():
     assert token_bytes_of("fp8_per_token_head", 128, 128) == 264  # two FP32 scales
     assert token_bytes_of("bf16", 192, default_head_dim_v(192)) == 640  # 192 + 128 elements
     assert token_bytes_of("nvfp4", 128, 128) == 144  # 128 nibble pairs + 16 scales
+
+
+def test_tensorrt_llm_leaves_xqa_for_few_16_bit_pieces_and_for_other_groups():
+    """33 pieces of 128 tokens on 132 SMs; 8-bit KV goes to XQA whatever its size; MHA and groups above 32 never."""
+    rule = Dispatch(rule="tensorrt-llm-xqa")
+    one = {"batch": 1, "context": 1, "kv_heads": 1, "group": 8, "head_dim": 128, "window": 0}
+    assert rule.num_kernels == 2 and ONE_KERNEL.num_kernels == 1
+    assert rule.other(cases(one, context=[4096, 33 * 128])).tolist() == [True, False]
+    assert rule.other(cases(one, "fp8", context=[1, 4096])).tolist() == [False, False]
+    assert rule.other(cases({**one, "batch": 512}, group=[1, 2, 32, 64])).tolist() == [True, False, False, True]
+    assert rule.other(cases({**one, "batch": 512}, head_dim=[64, 192, 256])).tolist() == [False, True, False]
+
+
+def test_listed_shapes_go_to_the_other_kernel():
+    listed = Dispatch(((64, False, None), (128, True, 5)))
+    shape = {"batch": 1, "context": 64, "kv_heads": 1, "group": 5, "head_dim": 128, "window": 0}
+    assert listed.other(cases(shape, head_dim=[64, 128])).tolist() == [True, False]
+    assert listed.other(cases({**shape, "window": 32}, head_dim=[64, 128])).tolist() == [False, True]
+    assert listed.other(cases({**shape, "window": 32}, group=[4, 5])).tolist() == [False, True]
 
 
 def test_parameter_names_are_unique_and_priors_positive():

@@ -11,7 +11,9 @@ import pytest
 
 from kvplan.calibration import calibrate, priors, store
 from kvplan.calibration.attention import find_attention
+from kvplan.calibration.attention_fit import learn_dispatch
 from kvplan.calibration.attention_model import NAMES
+from kvplan.calibration.geometry import Dispatch
 from kvplan.calibration.schema import OTHER_KINDS, attention_from_json, check_other
 from kvplan.errors import InputError, ProfileError
 from kvplan.gpu import load_gpu
@@ -127,6 +129,21 @@ def test_scale_granularity_makes_it_per_token_head(tmp_path):
     assert list(document["kv_dtypes"]) == ["fp8_per_token_head"]
 
 
+def test_shapes_that_name_another_kernel_get_parameters_of_their_own(tmp_path):
+    """Heads of 64 run on a kernel that takes three times as long a byte; the other heads' predictions do not move."""
+    slow = [[b, c, 64, 8, 64, 0, "bf16", 9e-6 + 3 * b * c * 8 * 256 / (0.85 * 4.8e12), "slow"] for b, c in GRID]
+    rows = [[*row(b, c), "fast"] for b, c in GRID] + slow
+    document, points = fit(write(tmp_path / "s.csv", rows, [*COLUMNS, "kernel_source"]))
+    assert learn_dispatch(points) == Dispatch(((64, False, None),))
+    assert document["other_kernel"]["shapes"][0] == {"head_dim": 64, "windowed": False, "q_heads_per_kv_head": None}
+    assert document["kv_dtypes"]["bfloat16"]["other_kernel"]["num_samples"] == len(GRID)
+    calibration = attention_from_json(document, "test")
+    for b, c in ((32, 32768), (8, 131072)):
+        assert calibration.latency_s(b, c, 64, 8, 128) == pytest.approx(truth(b, c), rel=0.05)
+        want = 9e-6 + 3 * b * c * 8 * 256 / (0.85 * 4.8e12)
+        assert calibration.latency_s(b, c, 64, 8, 64) == pytest.approx(want, rel=0.05)
+
+
 @pytest.fixture
 def samples(tmp_path) -> Path:
     return write(tmp_path / "s.csv", [row(b, c) for b, c in GRID])
@@ -203,7 +220,7 @@ def put(path: str, value: object):
 
 
 @pytest.mark.parametrize(("path", "value"), [
-    ("schema_version", 2), ("schema_version", True), ("kind", "gemm"), ("gpu", ""), ("date", 3), ("engine", 3),
+    ("schema_version", 1), ("schema_version", True), ("kind", "gemm"), ("gpu", ""), ("date", 3), ("engine", 3),
     ("hardware/memory_bandwidth_bytes_per_s", -1.0), ("hardware/num_sms", "many"), ("kv_dtypes", {}),
     ("kv_dtypes/bfloat16/parameters/launch_s/value", float("nan")),
     ("kv_dtypes/bfloat16/parameters/launch_s/value", -1e-6),
@@ -211,7 +228,8 @@ def put(path: str, value: object):
     ("kv_dtypes/bfloat16/parameters/launch_s", None), ("kv_dtypes/bfloat16/intercept_s", -1.0),
     ("kv_dtypes/bfloat16/effective_bandwidth_bytes_per_s", float("inf")), ("kv_dtypes/bfloat16/num_samples", -3),
     ("kv_dtypes/bfloat16/half_width_log/memory", 1e9), ("valid_range/batch_size", [5, 1]),
-    ("kv_dtypes/bfloat16/covariance_log", [[1.0]]), ("alternate_shapes", "none"),
+    ("kv_dtypes/bfloat16/covariance_log", [[1.0]]), ("other_kernel", "none"),
+    ("other_kernel/rule", ["x"]), ("other_kernel/shapes", [{"head_dim": "wide"}]), ("other_kernel/shapes", None),
 ])  # fmt: skip
 def test_a_broken_calibration_file_names_the_field(path, value):
     with pytest.raises(ProfileError) as raised:
