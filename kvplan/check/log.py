@@ -184,6 +184,8 @@ class _Reader:
             self.largest_kv = max(self.largest_kv, fact.number)
         if known is not None and name in _SMALLEST and not self._decides(fact, known, engine):
             return
+        if known is not None and name == "kv_cache_dtype" and engine == SGLANG and known.value != "auto":
+            return  # a draft model's
         if known is not None and name in _LARGEST and known.number >= fact.number:
             return
         self.facts[name] = fact
@@ -247,7 +249,7 @@ def _fact(name: str, printed: str, where: str) -> Fact | None:
 def _combine(facts: dict[str, Fact]) -> None:
     """Facts that follow from others: K and V together, exact bytes where a later line has them, total less rest."""
     keys, values = facts.pop("key_bytes", None), facts.pop("value_bytes", None)
-    if keys is not None and values is not None:
+    if keys is not None and values is not None and "kv_cache_bytes" not in facts:
         facts["kv_cache_bytes"] = Fact(int(keys.number + values.number), keys.where, keys.error + values.error)
     exact, rounded = facts.pop("kv_cache_in_use_bytes", None), facts.get("kv_cache_bytes")
     if exact is not None and (

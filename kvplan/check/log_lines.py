@@ -18,7 +18,7 @@ COUNT = r"[\d,]+"
 # A line that holds none of these is skipped before anything is decoded. Few and common to many lines: each costs one
 # pass over the file.
 NEEDLES = (
-    b"GiB", b"weights took", b"mem usage=", b"KV cache size:", b"Maximum concurrency", b"engine (v",
+    b"GiB", b"weights took", b"mem usage", b"KV cache size:", b"Maximum concurrency", b"engine (v",
     b"API server version", b"args: ", b"ServerArgs(", b"max_total_num_tokens=", b" blocks: ", b"primary pool: ",
     b"okens per block", b" block size to ", b"arallelism is enabled", b"padding layers", b"out of memory",
     b"for the cache blocks", b"device_name=", b"prefill is enabled with", b"to store kv cache", b"max seq len",
@@ -109,8 +109,9 @@ LINES = (
                   r"V size: (?P<value_bytes><N>)<GiB>"),
     _line(SGLANG, r"KV Cache is allocated\..*?#tokens: (?P<capacity_tokens><C>), "
                   r"KV size: (?P<kv_cache_bytes><N>)<GiB>"),
+    _line(SGLANG, r"SWAKVPool mem usage: (?P<kv_cache_bytes><N>)<GiB>"),
     _line(SGLANG, r"KV Cache is allocated\. dtype: torch\.(?P<kv_cache_dtype>\w+)"),
-    _line(SGLANG, r"Capture (?:\w+ )?cuda graph end.*?mem usage=(?P<graph_bytes><N>)<GiB>"),
+    _line(SGLANG, r"Capture (?:\w+ ){0,2}(?:cuda|CUDA) graph end.*?mem usage=(?P<graph_bytes><N>)<GiB>"),
     _line(SGLANG, r"max_total_num_tokens=(?P<capacity_tokens><C>)\b.*?context_len=(?P<max_model_len_tokens><C>)"),
     _line(SGLANG, r"Not enough memory\. Please try to increase --mem-fraction-static", "no_kv_memory", True),
     # ---- TensorRT-LLM

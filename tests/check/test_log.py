@@ -164,6 +164,29 @@ def test_sglang_reports_keys_and_values_in_its_own_gigabytes() -> None:
     assert (report.value("model"), report.value("gpu_memory_utilization")) == ("Qwen/Qwen3-8B", 0.85)
 
 
+def test_sglangs_newer_wordings_with_a_draft_model_or_two_pools_read_as_the_model_itself() -> None:
+    drafting = read(
+        "[2026-08-15 TP0] Load weight end. elapsed=46.10 s, type=Main, avail mem=161.06 GB, mem usage=104.24 GB.\n"
+        "[2026-08-15 TP0] KV Cache is allocated. dtype: torch.float8_e4m3fn, #tokens: 171008, K size: 5.22 GB, "
+        "V size: 5.22 GB\n"
+        "[2026-08-15 TP0] Load weight end. elapsed=2.10 s, type=Draft, avail mem=158.45 GB, mem usage=2.60 GB.\n"
+        "[2026-08-15 TP0] KV Cache is allocated. dtype: torch.bfloat16, #tokens: 171008, K size: 0.33 GB, "
+        "V size: 0.33 GB\n"
+        "[2026-08-15 TP0] Capture target verify CUDA graph end. elapsed=84 s, mem usage=0.19 GB, avail mem=8 GB.\n"
+    )
+    assert drafting.number("kv_cache_bytes") == pytest.approx(10.44 * GIB, abs=2)
+    assert drafting.value("kv_cache_dtype") == "float8_e4m3fn"
+    assert drafting.number("weights_bytes") == pytest.approx(104.24 * GIB, abs=1)
+    assert drafting.number("graph_bytes") == pytest.approx(0.19 * GIB, abs=1)
+    windows = read(
+        "[2026-08-15] KV Cache is allocated. #tokens: 400000, K size: 2.00 GB, V size: 2.00 GB\n"
+        "[2026-08-15] KV Cache is allocated. #tokens: 50000, K size: 1.00 GB, V size: 1.00 GB\n"
+        "[2026-08-15] SWAKVPool mem usage: 6.00 GB, swa size: 50000, full size: 400000\n"
+    )
+    assert windows.number("kv_cache_bytes") == 6 * GIB
+    assert windows.value("capacity_tokens") == 400000
+
+
 def test_tensorrt_llm_reports_blocks_tokens_and_bytes() -> None:
     report = read(
         "[TensorRT-LLM] TensorRT-LLM version: 0.17.0\n"
