@@ -15,11 +15,12 @@ def show_check(page: Page, result: CheckResult) -> None:
     plan, checked = result.plan, [term for term in result.terms if term.verdict != "not checked"]
     request, cache = plan.request, plan.kv_cache
     model = plan.model.name if plan.model is not None else "a model from flags"
-    gpu = "no GPU named" if request.gpu is None else plan.memory.sources["total_bytes"].detail.split(",")[0]
+    named = request.gpu is not None
+    gpu = f" on {plan.memory.sources['total_bytes'].detail.split(',')[0]}" if named else ", no GPU named"
     layout = "".join(f", {name} {size}" for name, size in (("TP", request.tp_size), ("PP", request.pp_size),
                      ("DP", request.dp_size)) if size > 1)  # fmt: skip
     version = result.report.value("engine_version") or cache.engine_version
-    page.line(f"{result.report.source}: {model} on {gpu}{layout} · {cache.engine} {version}, "
+    page.line(f"{result.report.source}: {model}{gpu}{layout} · {cache.engine} {version}, "
               f"{'exact rules' if cache.rules == 'exact' else 'approximation'}")  # fmt: skip
     if result.agrees:
         page.line(f"AGREES: {format_count(len(checked), 'term')} within tolerance", "bold")
