@@ -27,7 +27,7 @@ from ..unpack import INT8_BIAS, unpack_elements, unpack_pairs
 OFFSET = tl.constexpr(14.0)
 """log2 of the largest softmax weight: keeps small weights clear of float16's subnormals."""
 SMALLEST_SCALE = tl.constexpr(2.0**-60)
-MIN_TILES = tl.constexpr(2)
+MIN_TILES = tl.constexpr(4)
 RADIX = tl.constexpr(8)
 """Pieces of a sequence that one program joins."""
 _STRIDES = (
@@ -130,7 +130,6 @@ def join_pieces(
     """
     heads = tl.arange(0, GP)
     dims = tl.arange(0, DP)
-    members = tl.arange(0, RADIX)
     row_ok = heads < G
     cell_ok = row_ok[:, None] & (dims < D)[None, :]
     cell = (kv_head * G + heads)[:, None] * D + dims[None, :]
@@ -146,16 +145,8 @@ def join_pieces(
         if active:
             tl.store(counter, 0)
             top = pieces <= width * RADIX
-            slots = piece_slot(first_chunk, first + members * width) * (KV_HEADS * G)
-            lse_at = partial_lse_ptr + (slots[:, None] + (kv_head * G + heads)[None, :])
-            lse_ok = (members < count)[:, None] & row_ok[None, :]
-            lse = tl.load(lse_at, mask=lse_ok, other=float("-inf"), cache_modifier=".cg")
-            peak = tl.where(row_ok, tl.max(lse, 0), 0.0)
-            weight = tl.sum(tl.exp2(lse - peak[None, :]), 0)
-            if SINKS:
-                sink = tl.load(sink_ptr + kv_head * G + heads, mask=row_ok, other=0.0) * 1.4426950408889634
-                if top:
-                    weight += tl.exp2(sink - peak)
+            peak = tl.full([GP], float("-inf"), tl.float32)
+            weight = tl.zeros([GP], tl.float32)
             acc = tl.zeros([GP, DP], tl.float32)
             for member in tl.range(0, count, num_stages=JOIN_STAGES):
                 one = piece_slot(first_chunk, first + member * width) * (KV_HEADS * G)
@@ -163,7 +154,16 @@ def join_pieces(
                     partial_lse_ptr + (one + kv_head * G + heads), mask=row_ok, other=0.0, cache_modifier=".cg"
                 )
                 values = tl.load(partial_ptr + (one * D + cell), mask=cell_ok, other=0.0, cache_modifier=".cg")
-                acc += values * tl.exp2(one_lse - peak)[:, None]
+                new_peak = tl.maximum(peak, one_lse)
+                keep = tl.exp2(peak - new_peak)
+                share = tl.exp2(one_lse - new_peak)
+                acc = acc * keep[:, None] + values * share[:, None]
+                weight = weight * keep + share
+                peak = new_peak
+            if SINKS:
+                sink = tl.load(sink_ptr + kv_head * G + heads, mask=row_ok, other=0.0) * 1.4426950408889634
+                if top:
+                    weight += tl.exp2(sink - peak)
             acc = acc / weight[:, None]
             if top:
                 tl.store(out_ptr + cell, acc.to(out_ptr.dtype.element_ty), mask=cell_ok)
@@ -280,6 +280,12 @@ def attend(
         table = block_table_ptr + seq * stride_table_row.to(tl.int64)
         last_page = (tl.maximum(seq_len, 1) - 1) // PAGE
 
+        begin = seq_first + from_tile
+        end = seq_first + to_tile
+        if PAGE >= BLOCK_N:
+            next_page = tl.load(table + begin * BLOCK_N // PAGE)
+        else:
+            next_page = tl.load(table + tl.minimum((begin * BLOCK_N + slots) // PAGE, last_page))
         q_rows = q_ptr + seq * stride_q_batch.to(tl.int64) + (kv_head * G + heads)[None, :] * stride_q_head
         q = tl.load(q_rows + dims[:, None], mask=head_ok[None, :] & (dims < D)[:, None], other=0.0)
         if FORMAT > 0:
@@ -300,12 +306,6 @@ def attend(
             bias += INT8_BIAS * tl.sum(q.to(tl.float32), 0)
             if DB > 0:
                 bias += INT8_BIAS * tl.sum(q_tail.to(tl.float32), 0)
-        begin = seq_first + from_tile
-        end = seq_first + to_tile
-        if PAGE >= BLOCK_N:
-            next_page = tl.load(table + begin * BLOCK_N // PAGE)
-        else:
-            next_page = tl.load(table + tl.minimum((begin * BLOCK_N + slots) // PAGE, last_page))
         for t in tl.range(begin, end, num_stages=STAGES):
             token = t * BLOCK_N
             page = next_page

@@ -129,6 +129,9 @@ def attend4(
             first_token = tl.maximum(seq_len - window, 0)
         table = block_table_ptr + seq * stride_table_row.to(tl.int64)
         last_page = (tl.maximum(seq_len, 1) - 1) // PAGE
+        begin = seq_first + from_tile
+        end = seq_first + to_tile
+        next_pages = tl.load(table + tl.minimum((begin * BLOCK_N + slots) // PAGE, last_page))
         q_at = q_ptr + seq * stride_q_batch.to(tl.int64) + (kv_head * G + heads)[None, :] * stride_q_head
         q_at += 4 * words[:, None]
         q0 = tl.load(q_at, mask=head_ok[None, :], other=0.0).to(tl.float16)
@@ -141,9 +144,6 @@ def attend4(
         acc1 = tl.zeros([WORDS, GP], tl.float32)
         acc2 = tl.zeros([WORDS, GP], tl.float32)
         acc3 = tl.zeros([WORDS, GP], tl.float32)
-        begin = seq_first + from_tile
-        end = seq_first + to_tile
-        next_pages = tl.load(table + tl.minimum((begin * BLOCK_N + slots) // PAGE, last_page))
         for t in tl.range(begin, end, num_stages=STAGES):
             token = t * BLOCK_N
             pages = next_pages

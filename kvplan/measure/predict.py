@@ -13,11 +13,11 @@ from kvplan.measure.plan import Cell, element_bits
 
 ENGINE = "kvplan"
 """The engine name that calibrations of the bundled kernels carry."""
-KERNEL_EFFICIENCY = {16: 0.92, 8: 0.92, 4: 0.38}
+KERNEL_EFFICIENCY = {16: 0.92, 8: 0.92, 4: 0.70}
 """Bits of an element → share of datasheet bandwidth that the bundled kernels stream KV at. Assumed; measured on an H200
-are 0.91 to 0.95 for 16 and 8 bits, 0.38 to 0.39 for nvfp4, where unpacking is the limit."""
+are 0.91 to 0.96 for 16 and 8 bits, 0.69 for nvfp4 and 0.78 for int4 from batch 8 on, where unpacking is the limit."""
 KERNEL_INTERCEPT_S = 11e-6
-"""Launch and join of one call (assumed; 9 to 13 µs measured on an H200)."""
+"""Launch and join of one call (assumed; 10 to 15 µs measured on an H200)."""
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,17 @@ from kvplan import profiles
 from kvplan.measure.analysis import line_rows
 from kvplan.samples import Sample, read_samples
 
-SAMPLES = "h200-measure-2026-11-23.jsonl"
-STEPS = "h200-steps-2026-11-23.jsonl"
-ROOFLINE_BYTES_PER_S = 4.54e12
+SAMPLES = "h200-measure-2026-11-24.jsonl"
+STEPS = "h200-steps-2026-11-24.jsonl"
+PEERS = "h200-peers-2026-11-24.jsonl"
+ROOFLINE_BYTES_PER_S = 4.64e12
 """Read roofline of the runs, as they printed it."""
 QUICK_CELLS = 27
 
 
 @dataclass(frozen=True)
 class Runs:
-    """The shipped samples by run: quick, the same again, five formats, and the heads of an 8B model."""
+    """The shipped samples by run: quick, the same again, six formats, and the heads of an 8B model."""
 
     quick: list[Sample]
     again: list[Sample]
@@ -45,14 +46,23 @@ class MeasuredSlope:
 def shipped_runs() -> Runs:
     """The samples that ship."""
     found = read_samples(profiles.ROOT / "measurements" / SAMPLES).samples
-    formats = QUICK_CELLS // 3 * 5
+    formats = QUICK_CELLS // 3 * 6
     cuts = (0, QUICK_CELLS, 2 * QUICK_CELLS, 2 * QUICK_CELLS + formats, len(found))
     return Runs(*(found[low:high] for low, high in itertools.pairwise(cuts)))
 
 
 def shipped_steps() -> list[dict[str, Any]]:
     """The records of whole decode steps that ship."""
-    text = (profiles.ROOT / "measurements" / STEPS).read_text(encoding="utf-8")
+    return _records(STEPS)
+
+
+def shipped_peers() -> list[dict[str, Any]]:
+    """Other implementations on the cells of a run of ours; ``ours_latency_s`` is our time in that run."""
+    return _records(PEERS)
+
+
+def _records(name: str) -> list[dict[str, Any]]:
+    text = (profiles.ROOT / "measurements" / name).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
 

@@ -51,9 +51,9 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of ``kvplan measure`` on an H200, put together from the records that ship: kernels and whole 8B steps."""
     folder = tmp_path_factory.mktemp("runs") / "h200"
     folder.mkdir()
-    samples = RECORDS / "h200-measure-2026-11-23.jsonl"
+    samples = RECORDS / "h200-measure-2026-11-24.jsonl"
     shutil.copy(samples, folder / "samples.jsonl")
-    shutil.copy(RECORDS / "h200-steps-2026-11-23.jsonl", folder / "steps.jsonl")
+    shutil.copy(RECORDS / "h200-steps-2026-11-24.jsonl", folder / "steps.jsonl")
     environment = json.loads(samples.read_text().splitlines()[0])["environment"]
     (folder / "environment.json").write_text(
         json.dumps({**environment, "kind": "cuda", "time": "2026-11-23T23:18:11Z"})
