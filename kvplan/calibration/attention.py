@@ -36,7 +36,7 @@ class DtypeCalibration:
         log_spread: standard deviation of each element of ``theta``.
         covariance: of ``theta``; None where so many samples were fitted that only the form's own error is left.
         half_width: half of the 80% interval of the logarithm of the latency, per regime, before ``covariance``.
-        parameter_scale: what the standard deviation from ``covariance`` counts in that half, per regime.
+        interval_scale: what the standard deviation from ``covariance`` counts in that half.
         num_samples: usable samples of this dtype and kernel.
         other: the same for the engine's other kernel, where it has one.
 
@@ -48,7 +48,7 @@ class DtypeCalibration:
     half_width: Mapping[str, float]
     num_samples: int
     residuals: Mapping[str, float] = field(default_factory=dict)
-    parameter_scale: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(REGIMES, 1.2816))
+    interval_scale: float = 1.2816
     other: DtypeCalibration | None = None
 
 
@@ -134,14 +134,12 @@ class AttentionCalibration:
 
     def _predict(self, fitted: DtypeCalibration, cases: Geometry) -> tuple[Array, Array]:
         middle = latency_s(fitted.theta, cases, self.hardware)
-        regime = regime_of(cases, self.hardware)
-        half = np.array([fitted.half_width[name] for name in REGIMES])[regime]
+        half = np.array([fitted.half_width[name] for name in REGIMES])[regime_of(cases, self.hardware)]
         if fitted.covariance is not None:
             moved = fitted.theta + STEP * np.eye(len(NAMES))
             slopes = (np.log(latency_s(moved, cases, self.hardware)) - np.log(middle)) / STEP
             variance = np.einsum("in,ij,jn->n", slopes, fitted.covariance, slopes)
-            scale = np.array([fitted.parameter_scale[name] for name in REGIMES])[regime]
-            half = np.sqrt(half**2 + scale**2 * np.maximum(variance, 0))
+            half = np.sqrt(half**2 + fitted.interval_scale**2 * np.maximum(variance, 0))
         return middle, half
 
     def in_range(self, cases: Geometry) -> Array:

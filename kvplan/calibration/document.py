@@ -27,11 +27,12 @@ from kvplan.gpu import GpuSpec
 Array = NDArray[Any]
 FEW_SAMPLES = 1000
 """Below this many samples a dtype the uncertainty of the parameters is kept in the file."""
-FEW_SAMPLES_SCALE = {"l2": 2.9, "edge": 2.1, "memory": 0.8}
-PARAMETER_SCALE = {"l2": 3.0, "edge": 3.0, "memory": 1.8}
-"""Half the 80% interval of few samples is the root of (scale · spread of their residuals)² + scale² · variance from the
-parameters: the pairs that cover 80% of held-out rows of the public tables."""
-FEW_SAMPLES_SPREAD = (0.02, 0.06)
+FEW_SAMPLES_SCALE = {"l2": 3.2, "edge": 2.3, "memory": 0.9}
+PARAMETER_SCALE = 2.0
+"""Half the 80% interval of few samples is the root of (scale · spread of their residuals)² + 4 · variance from the
+parameters: the constants that cover 80% of held-out rows of the public tables."""
+FEW_SAMPLES_SPREAD = (0.03, 0.06)
+Z80 = 1.2816
 MAX_REFUSED_LISTED = 1000
 
 
@@ -107,7 +108,7 @@ def _entry(found: AttentionFit, number: int, kernel: int, mine: Array, cases: Ge
         },
         "residuals": {key: _rounded(value) for key, value in summary(residuals[own]).items()} if own.any() else None,
         "half_width_log": {key: _rounded(value) for key, value in widths.items()},
-        "parameter_scale": PARAMETER_SCALE if few else None,
+        "interval_scale": PARAMETER_SCALE if few else Z80,
         "covariance_log": [[_rounded(x, 5) for x in row] for row in covariance] if few else None,
     }  # fmt: skip
 

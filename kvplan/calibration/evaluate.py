@@ -184,7 +184,7 @@ measures the same kernel again. They are not evidence about other kernels."""
 COLUMNS = """| table | draw | rows | large: median / p90 | worst | context ≥ 128: median / p90 | covered | moved |
 |---|---|---|---|---|---|---|---|"""
 
-FOOTER = """The form of the model (its terms) and the two constants of the interval were chosen with all of these tables
+FOOTER = """The form of the model (its terms) and the constants of the interval were chosen with all of these tables
 in view, so the figures say how well it fits kernels like these, not how it would do on a kernel of another kind.
 In the first part parameters and priors never saw the held-out table."""
 

@@ -126,7 +126,8 @@ ONE_KERNEL = Dispatch()
 
 
 def not_xqa(g: Geometry) -> Array:
-    """Cases that TensorRT-LLM sends to its masked multi-head kernel instead of XQA (``decoderXQARunner``, v1.0).
+    """Cases that TensorRT-LLM sends to its masked multi-head kernel instead of XQA (``mayHavePerfGain`` of its
+    ``DecoderXQARunner``).
 
     XQA serves 2 to 32 query heads a KV head of width 64, 128 or 256; with 16-bit KV only where pieces of 128 tokens
     are a quarter of the SMs (33 of the 132 of Hopper).

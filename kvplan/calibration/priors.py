@@ -26,7 +26,7 @@ SLOTS_SPREAD = 0.1
 WIDEN = 1.2
 LIKE_ANOTHER = 0.8
 SHAPE_FACTOR = 0.5
-SAME_GPU = (0.3, 0.1)
+SAME_GPU = (0.3, 0.1, 0.03)
 INFORMED = 1.2
 """A calibration informs a parameter when its spread is below this many built-in spreads."""
 BY_WIDTH = ("bandwidth_fraction", "unit_s")

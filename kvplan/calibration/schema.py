@@ -128,14 +128,15 @@ def _kernel(check: _Checker, at: str, entry: Any) -> DtypeCalibration:
         spread.append(check.number(item, "log_spread", f"{path}.log_spread", 0, 100))
     for key, (low, high) in FIGURES.items():
         check.number(entry, key, f"{at}.{key}", low, high)
-    half = check.per_regime(entry, "half_width_log", at, 1e-6, 5)
+    widths = check.table(entry, "half_width_log", f"{at}.half_width_log")
+    half = {regime: check.number(widths, regime, f"{at}.half_width_log.{regime}", 1e-6, 5) for regime in REGIMES}
     samples = check.number(entry, "num_samples", f"{at}.num_samples", 0, 1e12)
     residuals = entry.get("residuals") if isinstance(entry.get("residuals"), Mapping) else {}
     covariance = check.covariance(entry.get("covariance_log"), f"{at}.covariance_log")
-    fitted = DtypeCalibration(np.array(theta), np.array(spread), covariance, half, int(samples), dict(residuals or {}))
-    if covariance is None:
-        return fitted
-    return replace(fitted, parameter_scale=check.per_regime(entry, "parameter_scale", at, 1e-3, 100))
+    scale = check.number(entry, "interval_scale", f"{at}.interval_scale", 1e-3, 100)
+    return DtypeCalibration(
+        np.array(theta), np.array(spread), covariance, half, int(samples), dict(residuals or {}), scale
+    )
 
 
 class _Checker:
@@ -171,10 +172,6 @@ class _Checker:
         if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
             raise ProfileError(f"{self.where}: {path} must be a number from {low:g} to {high:g}, not {shorten(value)}")
         return float(value)
-
-    def per_regime(self, data: Mapping[str, Any], key: str, at: str, low: float, high: float) -> dict[str, float]:
-        values = self.table(data, key, f"{at}.{key}")
-        return {regime: self.number(values, regime, f"{at}.{key}.{regime}", low, high) for regime in REGIMES}
 
     def pair(self, value: Any, path: str) -> tuple[float, float]:
         if not isinstance(value, list) or len(value) != 2:

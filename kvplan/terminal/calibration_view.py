@@ -28,8 +28,8 @@ class Errors(Protocol):
 
 
 def show_fit(console: Console, document: Mapping[str, Any]) -> None:
-    """One line a KV dtype and kernel: samples, intercept, effective bandwidth, residuals."""
-    columns = ("KV dtype", "samples", "intercept", "bandwidth", "of peak", "from L2", "median error", "p90 error")
+    """One line a KV dtype and kernel: samples, intercept, effective bandwidth, median and p90 of the residuals."""
+    columns = ("KV dtype", "samples", "intercept", "bandwidth", "of peak", "from L2", "error", "p90")
     table = make_table(*columns, right=(1, 2, 3, 4, 5, 6, 7))
     peak = document["hardware"]["memory_bandwidth_bytes_per_s"]
     for name, entry in _kernels(document).items():
@@ -61,15 +61,11 @@ def show_attention(console: Console, document: Mapping[str, Any], origin: str) -
     for source in document["sources"]:
         console.print("source: " + ", ".join(str(value) for value in source.values()), markup=False)
     show_fit(console, document)
-    _show_other_kernel(console, document["other_kernel"])
-    kernels = _kernels(document)
-    table = make_table("parameter", *kernels, "unit", "what it is", wrap=(len(kernels) + 2,))
-    first = next(iter(kernels.values()))["parameters"]
-    for key, about in first.items():
-        fitted = [entry["parameters"][key] for entry in kernels.values()]
-        cells = [f"{item['value']:.3g} ±{item['log_spread']:.0%}" for item in fitted]
-        add_row(table, key, *cells, about["unit"], about["meaning"])
-    console.print(table)
+    entries = list(document["kv_dtypes"].values())
+    _show_parameters(console, list(document["kv_dtypes"]), entries)
+    if all(entry["other_kernel"] for entry in entries):
+        console.print(f"(2) is the engine's other kernel, for {_dispatched(document['other_kernel'])}", markup=False)
+        _show_parameters(console, list(document["kv_dtypes"]), [entry["other_kernel"] for entry in entries])
     ranges = "; ".join(f"{key} {low:,.0f}–{high:,.0f}" for key, (low, high) in document["valid_range"].items())
     console.print(f"valid for {ranges}; outside it the interval widens by half", markup=False)
 
@@ -84,15 +80,22 @@ def _kernels(document: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return found
 
 
-def _show_other_kernel(console: Console, dispatch: Mapping[str, Any]) -> None:
+def _show_parameters(console: Console, names: Sequence[str], entries: Sequence[Mapping[str, Any]]) -> None:
+    table = make_table("parameter", *names, "unit", "what it is", wrap=(len(names) + 2,))
+    for key, about in entries[0]["parameters"].items():
+        fitted = [entry["parameters"][key] for entry in entries]
+        cells = [f"{item['value']:.3g} ±{item['log_spread']:.0%}" for item in fitted]
+        add_row(table, key, *cells, about["unit"], about["meaning"])
+    console.print(table)
+
+
+def _dispatched(dispatch: Mapping[str, Any]) -> str:
     shapes = [
         f"head_dim {shape['head_dim']}{' windowed' if shape['windowed'] else ''}"
         + (f" with {group} query heads a KV head" if (group := shape["q_heads_per_kv_head"]) else "")
         for shape in dispatch["shapes"]
     ]
-    rules = [f"what the rule {dispatch['rule']} says"] if dispatch["rule"] else []
-    if shapes or rules:
-        console.print(f"(2) is the engine's other kernel: {'; '.join(shapes + rules)}", markup=False)
+    return "; ".join([*shapes, *([f"what the rule {dispatch['rule']} says"] if dispatch["rule"] else [])])
 
 
 def show_other(console: Console, document: Mapping[str, Any], origin: str) -> None:

@@ -1,7 +1,8 @@
-"""Accuracy on measured tables, at the level reached when the table's own calibration is kept out of the priors.
+"""Accuracy on measured tables: of kernels never seen, at the level reached, and of known kernels, at the bars.
 
-The bars are 3% / 12% (HBM) and 6% / 20% (L40S, RTX PRO) on large KV; docs/accuracy-kernels.md has every figure. What is
-asserted here is what was reached, with a little room; a number above the bar is a miss that the page states too.
+The bars are 3% / 12% (HBM) and 6% / 20% (L40S, RTX PRO) on large KV, 8% / 25% from 128 tokens on;
+docs/accuracy-kernels.md has every figure. What is asserted of kernels that the priors never saw is what was reached,
+with a little room; a number above the bar is a miss that the page states too.
 """
 
 from __future__ import annotations
@@ -12,35 +13,63 @@ import sys
 import numpy as np
 import pytest
 
-from kvplan.calibration.evaluate import DRAWS, one_draw, populations, read_table
+from kvplan.calibration.evaluate import (
+    CONTEXT_BARS,
+    DRAWS,
+    GDDR_BARS,
+    HBM_BARS,
+    MOVE_BAR,
+    Draw,
+    one_draw,
+    populations,
+    read_table,
+)
 from kvplan.calibration.priors import shipped
 
 SEEDS = 3
-ONE_SHAPE = {
+UNSEEN = {
     # table: (dtype, median and p90 of large KV, median and p90 of context ≥ 128), plain shapes of one dtype
-    "h100_sxm-vllm-0.19.0": ("bfloat16", 0.03, 0.12, 0.05, 0.15),
-    "h200_sxm-vllm-0.22.0": ("bfloat16", 0.035, 0.12, 0.06, 0.18),
-    "h100_sxm-sglang-0.5.10": ("bfloat16", 0.035, 0.12, 0.06, 0.18),
-    "b200_sxm-trtllm-1.3.0rc20": ("bfloat16", 0.04, 0.15, 0.06, 0.20),
-    "l40s-sglang-0.5.14": ("bfloat16", 0.06, 0.20, 0.08, 0.30),
-    "a100_sxm-vllm-0.14.0": ("bfloat16", 0.07, 0.20, 0.10, 0.30),
+    "h100_sxm-vllm-0.19.0": ("bfloat16", 0.02, 0.08, 0.05, 0.15),
+    "h200_sxm-vllm-0.22.0": ("bfloat16", 0.03, 0.10, 0.05, 0.15),
+    "h100_sxm-sglang-0.5.10": ("bfloat16", 0.03, 0.10, 0.06, 0.16),
+    "b200_sxm-trtllm-1.3.0rc20": ("bfloat16", 0.03, 0.14, 0.06, 0.18),
+    "l40s-sglang-0.5.14": ("bfloat16", 0.04, 0.15, 0.06, 0.25),
+    "a100_sxm-vllm-0.14.0": ("bfloat16", 0.04, 0.14, 0.07, 0.22),
 }
+KNOWN = [
+    ("a100_sxm-vllm-0.14.0", "bfloat16"), ("h200_sxm-vllm-0.22.0", "fp8_e4m3"),
+    ("h100_sxm-trtllm-1.3.0rc20", "bfloat16"), ("rtx_pro_6000_server-sglang-0.5.14", "bfloat16"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("table", ONE_SHAPE)
-def test_32_samples_of_a_table_predict_the_rest(data, table):
-    dtype, large, large_p90, context, context_p90 = ONE_SHAPE[table]
+def plain_draws(data, table: str, dtype: str, own: bool) -> Draw:
+    """Medians over draws of 32 from the plain shapes of one dtype; ``own``: with the table's calibration installed."""
     points, gpu, engine, _ = read_table(data / "decode_attention" / f"{table}.csv.gz")
-    known = shipped(exclude={f"attention-{gpu.name}-{engine}"})
+    known = shipped(exclude=() if own else {f"attention-{gpu.name}-{engine}"})
     (mask,) = [mask for kind, label, mask in populations(points) if (kind, label) == (DRAWS[2], dtype)]
     part = points.take(mask)
     part = part.take(np.random.default_rng(0).choice(len(part), min(len(part), 3000), replace=False))
     draws = [one_draw(part, gpu, seed, known) for seed in range(SEEDS)]
-    figures = np.median([list(vars(draw).values()) for draw in draws if draw is not None], axis=0)
-    assert figures[0] <= large and figures[1] <= large_p90
-    assert figures[2] <= context and figures[3] <= context_p90
-    assert figures[4] >= 0.6  # 80% interval: what is missing to 72% is stated in docs/accuracy-kernels.md
-    assert figures[6] <= 0.03  # three of the samples multiplied by 0.3 to 3
+    return Draw(*np.median([list(vars(draw).values()) for draw in draws if draw is not None], axis=0))
+
+
+@pytest.mark.parametrize("table", UNSEEN)
+def test_32_samples_of_an_unseen_kernel_predict_the_rest(data, table):
+    dtype, large, large_p90, context, context_p90 = UNSEEN[table]
+    draw = plain_draws(data, table, dtype, own=False)
+    assert draw.large_median <= large and draw.large_p90 <= large_p90
+    assert draw.context_median <= context and draw.context_p90 <= context_p90
+    assert 0.72 <= draw.covered <= 0.95
+    assert draw.moved_median <= MOVE_BAR  # three of the samples multiplied by 0.3 to 3
+
+
+@pytest.mark.parametrize(("table", "dtype"), KNOWN)
+def test_32_samples_of_a_known_kernel_meet_the_bars(data, table, dtype):
+    draw = plain_draws(data, table, dtype, own=True)
+    median, p90 = GDDR_BARS if table.startswith("rtx") else HBM_BARS
+    assert draw.large_median <= median and draw.large_p90 <= p90
+    assert draw.context_median <= CONTEXT_BARS[0] and draw.context_p90 <= CONTEXT_BARS[1]
+    assert draw.moved_p90 <= MOVE_BAR
 
 
 def test_a_table_without_faults_loses_no_rows(data):
