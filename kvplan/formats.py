@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kvplan.calibration import store
-from kvplan.calibration.schema import KIND
+from kvplan.calibration.attention import AttentionCalibration
+from kvplan.calibration.schema import KIND, attention_from_json
 from kvplan.dtypes import KV_FORMATS, KvFormat
 from kvplan.errors import InputError
 from kvplan.gpu import gpu_names, load_gpu
@@ -21,12 +22,13 @@ from kvplan.model_config import resolve_model
 
 HEAD_DIM = 128
 PLAIN_MODEL, LATENT_MODEL = "llama-3.1-8b", "deepseek-v3.2"
-SIXTEEN_BITS = "bfloat16"
+SIXTEEN_BITS = ("bfloat16", "float16")
+SLOPE_BATCH, SLOPE_CONTEXTS = 32, (16384, 65536)
 
 
 @dataclass(frozen=True, slots=True)
 class EngineSlope:
-    """Latency per byte of context a format has in an engine's kernel, against 16 bits there, from a calibration."""
+    """Latency per token of context a format has in an engine's kernel, against 16 bits there, from a calibration."""
 
     gpu: str
     engine: str
@@ -112,18 +114,22 @@ def _taken_on(fmt: KvFormat, engine: str, latent: bool) -> tuple[str, ...]:
 
 
 def _engine_slopes() -> Iterator[tuple[str, EngineSlope]]:
-    """(format, slope) from the attention calibrations: bytes over bandwidth, against the same engine's 16 bits."""
+    """(format, slope) from the attention calibrations: predicted times of two contexts, against the same in 16 bits."""
     for found in store.every():
         if found.data.get("kind") != KIND:
             continue
-        entries = found.data["kv_dtypes"]
-        base = entries.get(SIXTEEN_BITS) or entries.get("float16")
-        for name, entry in entries.items():
-            if base is None or name not in KV_FORMATS or entry is base:
+        calibration = attention_from_json(found.data, found.name, found.origin)
+        base = next((name for name in SIXTEEN_BITS if name in found.data["kv_dtypes"]), None)
+        for name in found.data["kv_dtypes"]:
+            if base is None or name not in KV_FORMATS or name == base:
                 continue
-            fmt = KV_FORMATS[name]
-            floor = fmt.content_bytes(HEAD_DIM, HEAD_DIM) / (4 * HEAD_DIM)
-            ratio = floor * base["effective_bandwidth_bytes_per_s"] / entry["effective_bandwidth_bytes_per_s"]
+            ratio = _slope(calibration, name) / _slope(calibration, base)
             source = f"calibration {found.name} ({found.origin})"
             engine = str(found.data.get("engine") or "engine not named")
             yield name, EngineSlope(str(found.data.get("gpu")), engine, found.data.get("engine_version"), ratio, source)
+
+
+def _slope(calibration: AttentionCalibration, kv_dtype: str) -> float:
+    """Seconds a token of context for the heads of a 70B model, at ``SLOPE_BATCH`` between ``SLOPE_CONTEXTS``."""
+    short, long = calibration.latency_s(SLOPE_BATCH, list(SLOPE_CONTEXTS), 64, 8, HEAD_DIM, kv_dtype=kv_dtype)
+    return float(long - short) / (SLOPE_CONTEXTS[1] - SLOPE_CONTEXTS[0])
