@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvplan.dtypes import kv_format
+from kvplan.gpu import GpuSpec, load_gpu
+from kvplan.latency.latent import latent_speed
 from kvplan.memory.request import Source
 from kvplan.model_config.types import ModelConfig
 from kvplan.roofline import relative_kv_efficiency
@@ -22,7 +24,8 @@ class KvSpeed(NamedTuple):
     """How fast a KV format is read, against 16 bits.
 
     Attributes:
-        slowdown: time per byte over the 16-bit kernel's time per byte; 1.0 when only bytes count.
+        slowdown: time per byte over the 16-bit kernel's time per byte; 1.0 when only bytes count. Latent attention of
+            more than 64 heads a rank is above 1 at 16 bits too: its products take longer than its stream.
         source: ``exact`` for 16 bits, ``calibrated`` or ``assumed``.
         detail: one line that says from what.
 
@@ -47,19 +50,23 @@ def attention_calibration(gpu_name: str, engine: str, path: str | None = None) -
 
 
 @lru_cache(maxsize=1024)
-def kv_speed(gpu_name: str, engine: str, kv_dtype: str, latent: bool, calibration_path: str | None = None) -> KvSpeed:
+def kv_speed(gpu_name: str, engine: str, kv_dtype: str, latent: bool, calibration_path: str | None = None,
+             latent_heads: int | None = None) -> KvSpeed:  # fmt: skip
     """The slowdown per byte of ``kv_dtype``, from a kernel calibration where one covers it, else assumed.
 
     Args:
         gpu_name: a bundled GPU's name.
         engine: canonical engine name.
         kv_dtype: a resolved KV format.
-        latent: whether the layers that read the context are latent attention, which no kernel calibration covers.
+        latent: whether layers that read the context are latent attention.
         calibration_path: a calibration file to use instead of the one this GPU and engine have.
+        latent_heads: query heads of a rank, where all layers are plain latent attention.
 
     """
     fmt = kv_format(kv_dtype)
     bits = min(fmt.key_bits, fmt.value_bits)
+    if latent_heads is not None and bits >= 8:
+        return _latent_kv_speed(load_gpu(gpu_name), engine, 16 if bits >= 16 else 8, latent_heads)
     if bits >= 16:
         return KvSpeed(1.0, "exact", "16 bits are the reference")
     calibration = None if latent else attention_calibration(gpu_name, engine, calibration_path)
@@ -76,6 +83,22 @@ def kv_speed(gpu_name: str, engine: str, kv_dtype: str, latent: bool, calibratio
     what = "latent attention" if latent else f"{engine} on {gpu_name}"
     return KvSpeed(1 / efficiency, "assumed", f"no kernel calibration of {what}: {bits}-bit KV is taken to be read at "
                    f"{efficiency:.0%} of the bandwidth of 16-bit KV")  # fmt: skip
+
+
+def _latent_kv_speed(gpu: GpuSpec, engine: str, bits: int, heads: int) -> KvSpeed:
+    """Time per byte over that of 16 bits and at most 64 heads a rank; 8 bits are taken to be no slower than 16."""
+    reference = latent_speed(gpu, engine, 16, 1).slope_s
+    half = latent_speed(gpu, engine, 16, heads)
+    if bits == 16:
+        return KvSpeed(half.slope_s / reference, "exact", "16 bits are the reference")
+    found = latent_speed(gpu, engine, 8, heads)
+    ratio = found.slope_s / half.slope_s
+    said = f"{ratio:.2f} of the bf16 slope at 0.50 of its bytes, {heads} heads a rank"
+    detail = f"no kernel calibration of latent attention: {said}, by bytes and FLOPs of the roofline"
+    if found.source is not None:
+        detail = f"{found.source}: {said}" + ("; taken as no slower than bf16" if ratio > 1 else "")
+    source: Source = "assumed" if found.source is None else "calibrated"
+    return KvSpeed(2 * min(found.slope_s, half.slope_s) / reference, source, detail)
 
 
 def is_latent(model: ModelConfig) -> bool:

@@ -16,6 +16,7 @@ from kvplan.errors import InputError, shorten
 from kvplan.gpu import GpuSpec
 from kvplan.latency.capacity import max_batches
 from kvplan.latency.kv import KvSpeed, assumed_kv_dtype, attention_calibration, is_latent, kv_speed
+from kvplan.latency.latent import latent_heads
 from kvplan.latency.parameters import Traits
 from kvplan.latency.request import ItlRequest, resolve_model_or_sibling
 from kvplan.latency.step import LoadFeatures, StepFeatures
@@ -199,7 +200,8 @@ def serve(request: ItlRequest) -> Served:
     traffic = make_traffic(model, plan, deployment, dtype)
     assert setup.gpu is not None
     stored = plan.kv_cache_dtype
-    speed = kv_speed(setup.gpu.name, engine, stored, is_latent(model), request.calibration)
+    speed = kv_speed(setup.gpu.name, engine, stored, is_latent(model), request.calibration,
+                     latent_heads(model, deployment.attention_tp_size))  # fmt: skip
     if request.calibration is not None:
         given = attention_calibration(setup.gpu.name, engine, request.calibration)
         if given is not None and given.engine != engine:

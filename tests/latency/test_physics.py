@@ -158,3 +158,25 @@ def test_pipeline_stages_take_turns() -> None:
     assert two.breakdown.kv_s == pytest.approx(one.breakdown.kv_s / 2)
     assert two.breakdown.weights_s == pytest.approx(one.breakdown.weights_s, rel=1e-6)
     assert two.roofline_s < one.roofline_s
+
+
+@pytest.mark.parametrize(
+    ("gpu", "engine", "ratio"),
+    [
+        ("h200", "trtllm", 0.73),  # measured: products of a 64-row tile take about as long as the stream
+        ("b200", "trtllm", 0.43),  # measured: FP8 products are as much faster as the stream
+        ("h100", "sglang", 1.0),  # measured 5 times slower than bf16: taken as no gain, and said
+    ],
+)
+def test_what_fp8_saves_of_latent_attention_is_what_kernels_measured(gpu: str, engine: str, ratio: float) -> None:
+    point = {"model": "deepseek-v3", "gpu": gpu, "engine": engine, "tp_size": 8}
+    fp8, half = (plan(**point, kv_cache_dtype=d) for d in ("fp8", "bf16"))
+    stored = fp8.slope_s_per_token / half.slope_s_per_token
+    assert stored == pytest.approx(ratio, abs=0.1)
+
+
+def test_latent_attention_of_all_heads_costs_more_than_that_of_a_few() -> None:
+    """128 heads a rank are two tiles: data parallel attention reads fewer latents, and multiplies as often."""
+    one, eight = (plan(model="deepseek-v3", attention_dp_size=dp, tp_size=8 // dp).slope_s_per_token for dp in (1, 8))
+    # an eighth of the requests a rank; stream alone would make it an eighth of the time
+    assert 1 / 8 < eight / one < 1.9 / 8
