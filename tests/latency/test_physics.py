@@ -87,12 +87,14 @@ def test_tp_divides_kv_time_only_down_to_one_head() -> None:
     assert slopes[8] == pytest.approx(slopes[16])
 
 
-@given(MODELS, GPUS, TPS, BATCHES, CONTEXTS)
+@given(MODELS, GPUS, ENGINES, TPS, BATCHES, CONTEXTS, st.sampled_from(["bf16", "fp8"]))
 @settings(deadline=None)
-def test_weights_and_kv_are_no_faster_than_the_datasheet(m: str, g: str, tp: int, b: int, c: int) -> None:
-    found = plan_or_none(model=m, gpu=g, tp_size=tp, batch_size=b, context_tokens=c)
+def test_weights_and_kv_are_no_faster_than_the_datasheet(
+    m: str, g: str, e: str, tp: int, b: int, c: int, kv: str
+) -> None:
+    found = plan_or_none(model=m, gpu=g, engine=e, tp_size=tp, batch_size=b, context_tokens=c, kv_cache_dtype=kv)
     if found is not None:
-        assert found.breakdown.weights_s + found.breakdown.kv_s >= found.roofline_s
+        assert found.breakdown.weights_s + found.breakdown.kv_s >= found.roofline_s * (1 - 1e-9)
 
 
 def test_a_gpu_nobody_measured_is_assumed_with_a_wider_interval() -> None:
@@ -164,15 +166,14 @@ def test_pipeline_stages_take_turns() -> None:
     ("gpu", "engine", "ratio"),
     [
         ("h200", "trtllm", 0.73),  # measured: products of a 64-row tile take about as long as the stream
-        ("b200", "trtllm", 0.43),  # measured: FP8 products are as much faster as the stream
-        ("h100", "sglang", 1.0),  # measured 5 times slower than bf16: taken as no gain, and said
+        ("b200", "trtllm", 0.5),  # measured 0.43: its bf16 kernel is poor; taken as the bytes
+        ("h100", "sglang", 1.0),  # measured 5.4, slower than bf16: taken as no gain
     ],
 )
 def test_what_fp8_saves_of_latent_attention_is_what_kernels_measured(gpu: str, engine: str, ratio: float) -> None:
     point = {"model": "deepseek-v3", "gpu": gpu, "engine": engine, "tp_size": 8}
     fp8, half = (plan(**point, kv_cache_dtype=d) for d in ("fp8", "bf16"))
-    stored = fp8.slope_s_per_token / half.slope_s_per_token
-    assert stored == pytest.approx(ratio, abs=0.1)
+    assert fp8.slope_s_per_token / half.slope_s_per_token == pytest.approx(ratio, abs=0.02)
 
 
 def test_latent_attention_of_all_heads_costs_more_than_that_of_a_few() -> None:
