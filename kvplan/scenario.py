@@ -119,5 +119,6 @@ def _yaml(path: Path, text: str) -> Any:
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = "" if mark is None else f" at line {mark.line + 1}"
-        problem = getattr(error, "problem", None) or type(error).__name__
+        deep = "nested too deeply" if isinstance(error, RecursionError) else "a value that cannot be read"
+        problem = getattr(error, "problem", None) or deep
         raise InputError(f"{path}: not YAML{where}: {shorten(str(problem), 120)}") from error

@@ -69,7 +69,7 @@ def parse_bytes(text: str | int, what: str = "size") -> int:
         if match is None or len(text) > 40:
             raise InputError(f"{what} {shorten(text)!r} is not a size", hint="write 80GiB, 141GB or a number of bytes")
         value = int(float(match[1]) * _BYTE_FACTORS[(match[2] or "").lower()])
-        if not match[2] and value < MIB:
+        if not match[2] and 0 < value < MIB:
             raise InputError(f"{what} {shorten(text)} would be {value:,} bytes", hint=f"write {shorten(text)}GiB")
     if not 1 <= value <= MAX_BYTES:
         raise InputError(f"{what} must be between 1 byte and 1 EiB, not {shorten(text)}")

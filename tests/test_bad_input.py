@@ -318,6 +318,52 @@ def test_a_closed_pipe_ends_without_a_traceback(tmp_path: Path) -> None:
     assert process.returncode == 141  # 128 + SIGPIPE, as shells have it
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="not measured: no /dev/full here")
+@pytest.mark.parametrize("command", ["size --model 8b", "models", "dtypes", "profiles", "size --model 8b --json", "-h"])
+def test_a_full_disk_under_stdout_ends_with_2_and_one_line(command: str) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([*KVPLAN, *command.split()], stdout=full, stderr=subprocess.PIPE, text=True)
+    line = assert_one_line(Ran(done.returncode, "", done.stderr))
+    assert "output cannot be written: No space left" in line
+
+
+@pytest.mark.parametrize("closed", [1, 2])
+def test_streams_that_were_closed_before_the_start_change_nothing_else(closed: int) -> None:
+    command = f"{sys.executable} -m kvplan size --model nope {closed}>&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == ("" if closed == 2 else done.stderr)
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["--help", "size --model 8b", "itl --model 8b --gpu h100 --ctx 1k", "profiles"])
+def test_a_width_that_is_no_number_is_left_aside(kvplan_cli: Cli, command: str) -> None:
+    assert kvplan_cli(*command.split(), env={"COLUMNS": "²"}).code == 0
+
+
+@pytest.mark.parametrize("command", ["size --model 8b --gpu h100", "itl --model 8b --gpu h100 --ctx 1k"])
+@pytest.mark.parametrize("word", ["²", "٣", "0", "-1", "1.5", "x", "1000000000000", "9" * 5000])
+def test_counts_are_whole_numbers_within_a_stated_range(kvplan_cli: Cli, command: str, word: str) -> None:
+    line = assert_one_line(kvplan_cli(*command.split(), "--batch", word))
+    assert "is not a whole number from 1 to" in line
+    assert len(line) < 200
+
+
+@pytest.mark.parametrize("command", ["size", "itl"])
+@pytest.mark.parametrize("option", ["--gpu h100,h1001", "--gpu h100 --kv-cache-dtype fp8,fp9"])
+def test_an_unknown_name_in_a_list_is_a_slip_and_not_an_answer(kvplan_cli: Cli, command: str, option: str) -> None:
+    assert "closest: " in assert_one_line(kvplan_cli(command, "--model", "8b", "--ctx", "8k", *option.split()))
+
+
+def test_what_an_option_lacks_points_to_the_help_of_its_command(kvplan_cli: Cli) -> None:
+    assert "see `kvplan size --help`" in assert_one_line(kvplan_cli("size", "--model"))
+
+
+def test_no_memory_at_all_is_not_taken_for_gibibytes(kvplan_cli: Cli) -> None:
+    line = assert_one_line(kvplan_cli("size", "--model", "8b", "--gpu-memory", "0"))
+    assert "between 1 byte and 1 EiB" in line
+
+
 def test_the_script_keeps_its_promises_in_a_process_of_its_own(tmp_path: Path) -> None:
     """The other tests run ``main`` in this process; this one is what a shell sees."""
     folder = model_folder(tmp_path / "m", {**LLAMA, "head_dim": -1})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import sys
@@ -21,6 +22,7 @@ def main() -> None:
     from kvplan.errors import KvplanError
 
     gc.set_threshold(GARBAGE_THRESHOLD)
+    _usable_surroundings()
     try:
         from kvplan.cli.commands import COMMANDS, make_app
 
@@ -37,13 +39,32 @@ def main() -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         sys.exit(CLOSED_PIPE)
+    except OSError as error:  # files say so themselves; what is left is the disk under stdout
+        _drop_stdout()
+        report_error(KvplanError(f"output cannot be written: {error.strerror or type(error).__name__}"))
+        sys.exit(KvplanError.exit_code)
     except SystemExit as stop:  # the option parser turns a closed pipe into 1, which here means "the answer is no"
         sys.exit(CLOSED_PIPE if isinstance(stop.__context__, BrokenPipeError) else stop.code)
     except Exception as error:
         sys.exit(_usage_error(error))
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usable_surroundings() -> None:
+    """Streams that were closed lead nowhere; a width that is no number is none."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - for the whole run
+    columns = os.environ.get("COLUMNS", "")
+    if not (columns.isascii() and columns.isdigit()):
+        os.environ.pop("COLUMNS", None)
+
+
+def _drop_stdout() -> None:
+    """What is still buffered goes nowhere, so that nothing fails again at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _usage_error(error: Exception) -> int:
@@ -58,7 +79,8 @@ def _usage_error(error: Exception) -> int:
     if not hasattr(error, "format_message"):
         raise error
     context = getattr(error, "ctx", None)
-    path = context.command_path if context is not None else "kvplan"
+    command = " ".join(["kvplan", *(word for word in sys.argv[1:2] if word.isalpha())])
+    path = context.command_path if context is not None else command
     message = " ".join(str(error.format_message()).split()).rstrip(".")
     from kvplan.errors import InputError
 
@@ -75,4 +97,5 @@ def report_error(error: object) -> None:
     if sys.stderr.isatty() and not os.environ.get("NO_COLOR"):
         label = "\x1b[31merror:\x1b[0m"
     hint = f" ({error.hint})" if error.hint else ""
-    print(f"{label} {error.message}{hint}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # a full disk under stderr changes no exit code
+        print(f"{label} {error.message}{hint}", file=sys.stderr, flush=True)

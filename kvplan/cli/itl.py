@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvplan.cli import complete, options
+from kvplan.cli.lists import counts, words
 from kvplan.cli.stated import refuse_beside_cases
-from kvplan.errors import InputError, KvplanError, shorten
+from kvplan.errors import InputError, KvplanError, UnknownNameError, shorten
 from kvplan.units import parse_bytes, parse_tokens
 
 if TYPE_CHECKING:
     from kvplan.latency.lines import ItlLine
 
 MAX_LINES = 64
+MAX_BATCH = 2**24
 MAX_CONTEXTS = 200
 DEFAULT_CONTEXTS = "1k..128k"
 LOAD = "Under load"
@@ -126,17 +128,17 @@ def itl_command(
         else parse_bytes(kv_cache_memory, "--kv-cache-memory-bytes"),
     }
     lists: dict[str, list[Any]] = {
-        "gpu": _words(gpu),
-        "tp_size": _counts(tp, "--tp"),
-        "pp_size": _counts(pp, "--pp"),
-        "dp_size": _counts(dp, "--dp"),
-        "kv_cache_dtype": _words(kv_cache_dtype),
+        "gpu": words(gpu),
+        "tp_size": counts(tp, "--tp", MAX_BATCH),
+        "pp_size": counts(pp, "--pp", MAX_BATCH),
+        "dp_size": counts(dp, "--dp", MAX_BATCH),
+        "kv_cache_dtype": words(kv_cache_dtype),
     }
     load = (isl, osl, concurrency)
     if any(value is not None for value in load):
         _load(fixed, lists, load, ctx, length_spread, as_json, explain)
     else:
-        lists["batch_size"] = _counts(batch, "--batch")
+        lists["batch_size"] = counts(batch, "--batch", MAX_BATCH)
         _lines(fixed, lists, contexts_of(ctx or DEFAULT_CONTEXTS), as_json, explain)
 
 
@@ -148,7 +150,7 @@ def contexts_of(text: str) -> list[int]:
 
     """
     found: list[int] = []
-    for word in _words(text):
+    for word in words(text):
         if ".." not in word:
             found.append(parse_tokens(word, "--ctx"))
             continue
@@ -187,6 +189,8 @@ def _lines(
         batch = chosen.pop("batch_size")
         try:
             lines.append(make_line(label, {**fixed, **chosen}, contexts, batch))
+        except UnknownNameError:  # a slip of the pen, not an answer
+            raise
         except KvplanError as error:
             failures.append((label, error))
     if not lines:
@@ -236,13 +240,15 @@ def _load(fixed: dict[str, Any], lists: dict[str, list[Any]], load: tuple[str | 
     isl, osl, concurrency = load
     point = {"input_tokens": parse_tokens(isl or "", "--isl"), "output_tokens": parse_tokens(osl or "", "--osl"),
              "length_spread": spread}  # fmt: skip
-    lists["concurrency"] = _counts(concurrency or "", "--concurrency")
+    lists["concurrency"] = counts(concurrency or "", "--concurrency", MAX_BATCH)
     plans, failures = [], []
     for label, chosen in _combinations(lists):
         clients = chosen.pop("concurrency")
         try:
             served = serve(make_itl_request({**fixed, **chosen}))
             plan = plan_points(served, [make_point({**point, "concurrency": clients})])[0]
+        except UnknownNameError:
+            raise
         except KvplanError as error:
             failures.append((label, error))
             continue
@@ -296,19 +302,3 @@ def _run_cases(path: Path) -> None:
         answer = case if isinstance(case, KvplanError) else next(answers)
         found = {"error": answer.as_dict()} if isinstance(answer, KvplanError) else answer.as_dict()
         sys.stdout.write(json.dumps(found, ensure_ascii=False) + "\n")
-
-
-def _words(text: str | None) -> list[str]:
-    return [part.strip() for part in (text or "").split(",") if part.strip()]
-
-
-def _counts(text: str, flag: str) -> list[int]:
-    found = []
-    for word in _words(text):
-        if not word.isdigit() or not 1 <= int(word[:12]) <= 2**24:
-            raise InputError(f"{flag} {shorten(word, 20)!r} is not a whole number from 1 to {2**24:,}",
-                             hint=f"write {flag} 4 or {flag} 1,2,4")  # fmt: skip
-        found.append(int(word))
-    if not found:
-        raise InputError(f"{flag} has no value", hint=f"write {flag} 4")
-    return found

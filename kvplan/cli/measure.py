@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from kvplan.cli import complete, options
-from kvplan.cli.size import _named, _sizes
+from kvplan.cli.lists import counts, named
 from kvplan.errors import InputError, OutOfTolerance, shorten
 from kvplan.units import format_percent, parse_tokens
 
@@ -152,11 +152,11 @@ def measure_command(
     report = measure(
         Options(
             model=model, tp_size=tp or 1, num_q_heads=num_q_heads, num_kv_heads=num_kv_heads, head_dim=head_dim,
-            kv_dtypes=tuple(_named(kv_cache_dtype, "--kv-cache-dtype")),
-            batch_sizes=() if batch is None else tuple(_sizes(batch, "--batch")),
-            context_tokens=tuple(parse_tokens(text, "--ctx") for text in _named(ctx, "--ctx")),
+            kv_dtypes=tuple(named(kv_cache_dtype, "--kv-cache-dtype")),
+            batch_sizes=() if batch is None else tuple(counts(batch, "--batch")),
+            context_tokens=tuple(parse_tokens(text, "--ctx") for text in named(ctx, "--ctx")),
             effort="quick" if quick else "thorough", budget_s=_seconds(budget), run_dir=output, resume=resume,
-            device=device.strip().lower(), compare=tuple(_named(compare, "--compare")), tolerance=tolerance / 100,
+            device=device.strip().lower(), compare=tuple(named(compare, "--compare")), tolerance=tolerance / 100,
             calibrate=calibrate, seed=seed, whole_step=whole_step,
         ),
         say=_progress, started_s=started_s,

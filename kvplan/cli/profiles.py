@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +13,10 @@ from kvplan import profiles
 from kvplan.cli import complete
 from kvplan.errors import UnknownNameError
 
+if TYPE_CHECKING:
+    from kvplan.calibration.store import Found
+
+GIVEN = "given"
 JSON = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 profiles_app = typer.Typer(help="List calibrations and explain one.", invoke_without_command=True)
@@ -34,48 +39,62 @@ def profiles_command(context: typer.Context, as_json: JSON = False) -> None:
     if as_json:
         sys.stdout.write(json.dumps({"calibrations": rows, **counts}, indent=2) + "\n")
         return
-    from kvplan.terminal.console import add_row, make_console, make_table
+    from kvplan.terminal.plain import Page
 
-    table = make_table("calibration", "kind", "GPU", "engine", "samples", "date", "from", right=(4,), wrap=(0,))
+    page = Page()
+    table = []
     for row in rows:
         samples = row["num_samples"]
-        engine = " ".join(str(part) for part in (row["engine"], row["engine_version"]) if part)
         count = f"{samples:,}" if isinstance(samples, int) else "–"
-        kind, gpu, date = (str(row[key] or "–") for key in ("kind", "gpu", "date"))
-        add_row(table, row["name"], kind, gpu, engine or "–", count, date, row["origin"])
-    make_console().print(table)
+        engine = " ".join(str(part) for part in (row["engine"], row["engine_version"]) if part)
+        of = " on ".join(str(part) for part in (row["kind"], row["gpu"]) if part)
+        table.append(
+            (row["name"], count, str(row["date"] or "–"), row["origin"], ", ".join(filter(None, (of, engine))))
+        )
+    page.table(("calibration", "samples", "date", "from", "of"), table, right=(1,))
     print(f"{counts['models']} models (`kvplan models`), {counts['gpus']} GPUs (`kvplan gpus`)")
 
 
 @profiles_app.command("show")
 def show_command(
     name: Annotated[
-        str, typer.Argument(help="A calibration of `kvplan profiles`.", autocompletion=complete.calibrations)
+        str,
+        typer.Argument(
+            help="A calibration of `kvplan profiles`, or a file of one.", autocompletion=complete.calibrations
+        ),
     ],
     as_json: JSON = False,
 ) -> None:
     """Explain one calibration: what was fitted, from what, how good it is, and where it holds."""
-    from kvplan.calibration import store
     from kvplan.calibration.schema import KIND, OTHER_KINDS, attention_from_json, check_other
 
-    wanted = name.strip().lower().removesuffix(".json")
-    known = []
-    for found in store.every():
-        known.append(found.name)
-        if found.name.lower() != wanted:
-            continue
-        if found.data.get("kind") == KIND:
-            attention_from_json(found.data, found.where, found.origin)
-        elif found.data.get("kind") in OTHER_KINDS:
-            check_other(found.data, found.where)
-        kind = found.data.get("kind")
-        if as_json or kind not in (KIND, *OTHER_KINDS):
-            sys.stdout.write(json.dumps(found.data, indent=2) + "\n")
-            return
-        from kvplan.terminal.calibration_view import show_attention, show_other
-        from kvplan.terminal.console import make_console
-
-        show = show_attention if kind == KIND else show_other
-        show(make_console(), found.data, found.origin)
+    found = _found(name)
+    kind = found.data.get("kind")
+    if kind == KIND or (found.origin == GIVEN and kind not in OTHER_KINDS):
+        attention_from_json(found.data, found.where, found.origin)
+    elif kind in OTHER_KINDS:
+        check_other(found.data, found.where)
+    if as_json or kind not in (KIND, *OTHER_KINDS):
+        sys.stdout.write(json.dumps(found.data, indent=2) + "\n")
         return
+    from kvplan.terminal.calibration_view import show_attention, show_other
+    from kvplan.terminal.console import make_console
+
+    show = show_attention if kind == KIND else show_other
+    show(make_console(), found.data, found.origin)
+
+
+def _found(name: str) -> Found:
+    """The calibration called ``name``, or the one in the file ``name``."""
+    from kvplan.calibration import store
+
+    wanted = name.strip().lower().removesuffix(".json")
+    known: dict[str, Found] = {}
+    for found in store.every():
+        known.setdefault(found.name.lower(), found)
+    if wanted in known:
+        return known[wanted]
+    path = Path(name)
+    if path.is_file():
+        return store.Found(path.stem, store.read(path), name, GIVEN)
     raise UnknownNameError("calibration", name, known, hint="`kvplan profiles` lists them")

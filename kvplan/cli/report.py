@@ -10,7 +10,7 @@ import typer
 
 from kvplan.cli import complete, options
 from kvplan.errors import AnswerIsNo, InputError, shorten
-from kvplan.units import format_bytes, parse_bytes, parse_tokens
+from kvplan.units import format_bytes, format_count, parse_bytes, parse_tokens
 
 if TYPE_CHECKING:
     from kvplan.document.schema import Fleet, FleetEntry
@@ -244,7 +244,8 @@ def _fleet(scenario: Path, output: list[Path], formats: str, date: str | None, f
         raise InputError(f"{folder} is not a folder", hint="a scenario goes into a folder: -o out/")
     found = fleet(scenario, folder, formats=words, date=date, force=force, progress=_progress)
     if folder is not None:
-        print(f"wrote {folder / 'index'}.{words[0]} and a page each", file=sys.stderr)
+        pages = sum(entry.problem is None for entry in found.entries)
+        print(f"wrote {folder / 'index'}.{words[0]} and {format_count(pages, 'page')}", file=sys.stderr)
     if as_json:
         sys.stdout.write(found.as_json())
     _judge(found, check)

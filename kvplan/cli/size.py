@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from kvplan.cli import options
+from kvplan.cli.lists import counts, named
 from kvplan.cli.stated import refuse_beside_cases, stated
-from kvplan.errors import AnswerIsNo, InputError, KvplanError, shorten
+from kvplan.errors import AnswerIsNo, InputError, KvplanError, UnknownNameError, shorten
 from kvplan.units import parse_bytes, parse_tokens
 
 if TYPE_CHECKING:
@@ -104,14 +105,14 @@ def size_command(
         "window_tokens": _tokens(window, "--window"),
     }
     lists: dict[str, list[Any]] = {
-        "gpu": _named(gpu, "--gpu"),
-        "tp_size": _sizes(tp, "--tp"),
-        "pp_size": _sizes(pp, "--pp"),
-        "dp_size": _sizes(dp, "--dp"),
-        "dcp_size": _sizes(dcp, "--dcp"),
-        "kv_cache_dtype": _named(kv_cache_dtype, "--kv-cache-dtype"),
-        "context_tokens": [_tokens(text, "--ctx") for text in _named(ctx, "--ctx")],
-        "batch_size": [] if batch is None else _sizes(batch, "--batch"),
+        "gpu": named(gpu, "--gpu"),
+        "tp_size": counts(tp, "--tp"),
+        "pp_size": counts(pp, "--pp"),
+        "dp_size": counts(dp, "--dp"),
+        "dcp_size": counts(dcp, "--dcp"),
+        "kv_cache_dtype": named(kv_cache_dtype, "--kv-cache-dtype"),
+        "context_tokens": [_tokens(text, "--ctx") for text in named(ctx, "--ctx")],
+        "batch_size": [] if batch is None else counts(batch, "--batch"),
     }
     planner = _planner(from_log, context, fixed, lists)
     varied = [name for name, values in lists.items() if len(values) > 1]
@@ -171,6 +172,8 @@ def _sweep(planner: Planner, fixed: dict[str, Any], lists: dict[str, list[Any]],
         chosen = dict(zip(names, values, strict=True))
         try:
             plans.append(planner({**fixed, **chosen}, False))
+        except UnknownNameError:  # a slip of the pen, not an answer
+            raise
         except KvplanError as error:
             first_error = first_error or error
             failures.append(({name: chosen[name] for name in varied}, error))
@@ -189,18 +192,6 @@ def _sweep(planner: Planner, fixed: dict[str, Any], lists: dict[str, list[Any]],
         raise AnswerIsNo("not every combination fits")
 
 
-def _words(text: str | None) -> list[str]:
-    return [part.strip() for part in (text or "").split(",") if part.strip()]
-
-
-def _named(text: str | None, flag: str) -> list[str]:
-    """The words of a list option; an option that was given must have one."""
-    words = _words(text)
-    if text is not None and not words:
-        raise InputError(f"{flag} has no value", hint=f"leave {flag} out, or give it one")
-    return words
-
-
 def _tokens(text: str | None, flag: str) -> int | None:
     return None if text is None else parse_tokens(text, flag)
 
@@ -209,19 +200,6 @@ def _bytes(text: str | None, flag: str, zero: bool = False) -> int | None:
     if text is None:
         return None
     return 0 if zero and text.strip() in ("0", "0GiB") else parse_bytes(text, flag)
-
-
-def _sizes(text: str, flag: str) -> list[int]:
-    sizes = []
-    for word in _words(text):
-        if not word.isdigit() or not 1 <= int(word[:12]) <= 2**30:
-            raise InputError(
-                f"{flag} {shorten(word, 20)!r} is not a whole number from 1 up", hint=f"write {flag} 4 or {flag} 1,2,4"
-            )
-        sizes.append(int(word))
-    if not sizes:
-        raise InputError(f"{flag} has no value", hint=f"write {flag} 4")
-    return sizes
 
 
 def _parameters(text: str | None) -> int | None:

@@ -277,6 +277,24 @@ def test_profiles_show_explains_one_and_suggests_names(kvplan_cli):
     assert ran.code == 2 and "attention-h200-vllm" in ran.err
 
 
+def test_profiles_lists_whole_names_at_80_columns(kvplan_cli):
+    lines = kvplan_cli("profiles").out.splitlines()
+    assert max(map(len, lines)) <= 80
+    listed = [line.split()[0] for line in lines[2:-1]]
+    assert listed == [found.name for found in store.every()]
+
+
+def test_profiles_show_takes_a_file(kvplan_cli, tmp_path):
+    path = tmp_path / "mine.json"
+    found = next(found for found in store.every() if found.data.get("kind") == "attention")
+    path.write_text(json.dumps(found.data))
+    ran = kvplan_cli("profiles", "show", str(path))
+    assert ran.code == 0 and "(given)" in ran.out
+    path.write_text("{}")
+    ran = kvplan_cli("profiles", "show", str(path))
+    assert (ran.code, ran.out) == (2, "") and str(path) in ran.err
+
+
 def test_calibrations_of_other_kernels_are_valid_and_explained(kvplan_cli):
     others = [found for found in store.every() if found.data.get("kind") in OTHER_KINDS]
     assert {found.data["kind"] for found in others} == set(OTHER_KINDS)

@@ -1,0 +1,45 @@
+"""Options that hold lists: words and counts between commas."""
+
+from __future__ import annotations
+
+from kvplan.errors import InputError, shorten
+
+MOST = 2**30
+
+
+def words(text: str | None) -> list[str]:
+    """The words between commas; none where the option is not given."""
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def named(text: str | None, flag: str) -> list[str]:
+    """The words of a list option.
+
+    Raises:
+        InputError: the option was given and holds none.
+
+    """
+    found = words(text)
+    if text is not None and not found:
+        raise InputError(f"{flag} has no value", hint=f"leave {flag} out, or give it one")
+    return found
+
+
+def counts(text: str, flag: str, most: int = MOST) -> list[int]:
+    """Whole numbers from 1 to ``most``.
+
+    Raises:
+        InputError: there is none, or a word is not one.
+
+    """
+    found = []
+    for word in words(text):
+        if not (word.isascii() and word.isdigit()) or not 1 <= int(word[:20]) <= most:
+            raise InputError(
+                f"{flag} {shorten(word, 20)!r} is not a whole number from 1 to {most:,}",
+                hint=f"write {flag} 4 or {flag} 1,2,4",
+            )
+        found.append(int(word))
+    if not found:
+        raise InputError(f"{flag} has no value", hint=f"write {flag} 4")
+    return found
