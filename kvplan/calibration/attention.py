@@ -196,6 +196,26 @@ class AttentionCalibration:
         return cases, arrays[0].shape
 
 
+def streamed_bytes_per_s(theta: Array, kv_dtype: str, hw: Hardware) -> float:
+    """KV bytes a second where both contexts of ``SLOPE_CONTEXTS`` stream: the reciprocal of the slope, in bytes."""
+    shape, contexts = SLOPE_SHAPE, np.array(SLOPE_CONTEXTS)
+    one = np.ones_like(contexts)
+    width = shape["head_dim"] * one
+    cases = make_geometry(
+        [
+            shape["batch"] * one,
+            contexts,
+            shape["num_q_heads"] * one,
+            shape["num_kv_heads"] * one,
+            width,
+            width,
+            0 * one,
+        ],
+        kv_dtype,
+    )
+    return float(np.diff(cases.kv_bytes)[0] / np.diff(latency_s(theta, cases, hw))[0])
+
+
 def make_geometry(arrays: Sequence[Array], kv_dtype: str) -> Geometry:
     """Flat arrays of one KV dtype as a ``Geometry``.
 

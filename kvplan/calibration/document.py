@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvplan.calibration.attention import range_quantities, regime_of
+from kvplan.calibration.attention import range_quantities, regime_of, streamed_bytes_per_s
 from kvplan.calibration.attention_fit import (
     AttentionFit,
     noise_scale,
@@ -82,7 +82,7 @@ def attention_document(
 def _entry(found: AttentionFit, number: int, kernel: int, mine: Array, cases: Geometry, hw: Hardware) -> dict[str, Any]:
     """One kernel of one dtype; where few samples are its own, the spread of its dtype's stands for it."""
     b = number * found.prior.dispatch.num_kernels + kernel
-    theta = found.fit.theta[b]
+    theta, dtype = found.fit.theta[b], found.dtypes[number]
     values = np.exp(theta)
     count = len(NAMES)
     covariance = found.fit.covariance[b * count : (b + 1) * count, b * count : (b + 1) * count]
@@ -97,7 +97,7 @@ def _entry(found: AttentionFit, number: int, kernel: int, mine: Array, cases: Ge
     return {
         "num_samples": int(own.sum()),
         "intercept_s": _rounded(values[INDEX["launch_s"]]),
-        "effective_bandwidth_bytes_per_s": _rounded(values[INDEX["bandwidth_fraction"]] * hw.peak),
+        "effective_bandwidth_bytes_per_s": _rounded(streamed_bytes_per_s(theta, dtype, hw)),
         "l2_bandwidth_bytes_per_s": _rounded(values[INDEX["l2_bandwidth_bytes_per_s"]]),
         "parameters": {
             p.name: {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -47,6 +48,7 @@ def calibrate_command(
 
     Example: kvplan calibrate samples.csv --gpu h200 -o h200.json --evaluate all.csv --predictions out.csv
     """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy loads: on small matrices its threads only wait
     from kvplan.calibration import calibrate as work
     from kvplan.calibration.document import write_json
     from kvplan.calibration.store import canonical_engine
