@@ -183,7 +183,7 @@ def report(**options: Any) -> Report:
     return build(options)
 
 
-def fleet(scenario: Path, folder: Path | None = None, **options: Any) -> Fleet:
+def fleet(scenario: str | Path, folder: str | Path | None = None, **options: Any) -> Fleet:
     """Report on every deployment of a scenario file: a page each and an index.
 
     Args:
@@ -198,6 +198,8 @@ def fleet(scenario: Path, folder: Path | None = None, **options: Any) -> Fleet:
         KvplanError: the scenario cannot be read, or a file exists and ``force`` is not given.
 
     """
+    from pathlib import Path
+
     from kvplan.document.fleet import write_fleet
 
-    return write_fleet(scenario, folder, **options)
+    return write_fleet(Path(scenario), None if folder is None else Path(folder), **options)

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from support import Ran, model_folder
 
+import kvplan
+
 KVPLAN = [sys.executable, "-m", "kvplan"]
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -353,6 +355,11 @@ def test_counts_are_whole_numbers_within_a_stated_range(kvplan_cli: Cli, command
 @pytest.mark.parametrize("option", ["--gpu h100,h1001", "--gpu h100 --kv-cache-dtype fp8,fp9"])
 def test_an_unknown_name_in_a_list_is_a_slip_and_not_an_answer(kvplan_cli: Cli, command: str, option: str) -> None:
     assert "closest: " in assert_one_line(kvplan_cli(command, "--model", "8b", "--ctx", "8k", *option.split()))
+
+
+def test_a_model_in_python_may_be_a_path_object(tmp_path: Path) -> None:
+    folder = Path(model_folder(tmp_path / "m", LLAMA))
+    assert kvplan.size(model=folder).kv_cache.bytes_per_token == kvplan.size(model=str(folder)).kv_cache.bytes_per_token
 
 
 def test_what_an_option_lacks_points_to_the_help_of_its_command(kvplan_cli: Cli) -> None:

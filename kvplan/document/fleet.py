@@ -80,6 +80,7 @@ def _entry(name: str, options: Mapping[str, Any], slug: str, folder: Path | None
         gpu_name=d.gpu_name, num_gpus=d.num_gpus, engine=d.engine, kv_cache_dtype=d.kv_cache_dtype,
         context_tokens=d.context_tokens, num_users=d.num_users, max_users=a.max_users, fits=a.fits, headline=a.headline,
         itl_s=None if a.now is None else a.now.itl.value_s, tpot_s=None if a.now is None else a.now.tpot.value_s,
+        ttft_s=None if a.now is None else a.now.ttft.value_s,
     )  # fmt: skip
 
 

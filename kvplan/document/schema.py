@@ -91,6 +91,7 @@ class FleetEntry(Part):
     headline: Text | None = None
     itl_s: Real | None = None
     tpot_s: Real | None = None
+    ttft_s: Real | None = None
 
 
 class GpuTotal(Part):

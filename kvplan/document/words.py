@@ -54,6 +54,7 @@ def answer_sentences(deployment: Deployment, answers: Answers) -> list[str]:
         return found
     if answers.now is not None:
         found.append(_speed(answers.now, deployment))
+        found += _waiting(answers.now, deployment)
     if answers.limit is not None and (answers.now is None or answers.limit.num_users != answers.now.num_users):
         limit = answers.limit
         load = f"under load {interval(limit.tpot)} on average, the first after {interval(limit.ttft)}"
@@ -97,6 +98,17 @@ def _speed(latency: Latency, deployment: Deployment) -> str:
         f"{format_tokens(latency.context_tokens)} tokens; under load, with {load}, a token every "
         f"{interval(latency.tpot)} on average and the first after {interval(latency.ttft)}."
     )
+
+
+def _waiting(latency: Latency, deployment: Deployment) -> list[str]:
+    """A warning where the memory is there but prompts queue: the first token takes longer than the answer after it."""
+    if latency.ttft.value_s <= latency.tpot.value_s * deployment.output_tokens:
+        return []
+    return [
+        f"Under that load a user waits longer for the first token than for the whole answer after it: prompts of "
+        f"{format_tokens(deployment.input_tokens)} tokens come faster than they are read. Fewer users at once, more "
+        "GPUs or shorter prompts shorten the wait."
+    ]
 
 
 def seconds(value: float | None) -> str:

@@ -5,6 +5,7 @@ Plain dataclasses, checked by hand: building validators for them at every start 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -121,6 +122,7 @@ def _check(name: str, value: Any) -> Any:
     if name in _COUNTS:
         return _count(name, value, _COUNTS[name])
     if name in _TEXTS:
+        value = os.fspath(value) if isinstance(value, os.PathLike) else value
         if not isinstance(value, str) or not value.strip():
             raise InputError(f"{name} must be text, not {shorten(repr(value), 40)}")
         return value

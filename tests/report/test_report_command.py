@@ -20,6 +20,7 @@ from support import Ran
 import kvplan
 from kvplan import KvplanError
 from kvplan.document.fleet import slugs_of
+from kvplan.scenario import read_scenario
 
 Cli = Callable[..., Ran]
 KVPLAN = str(Path(sys.executable).parent / "kvplan")
@@ -118,6 +119,19 @@ def test_a_scenario_makes_a_page_each_and_an_index_and_names_what_is_broken(
     page = (out / "index.html").read_text()
     assert "&lt;b&gt;code&lt;/b&gt; &amp; more" in page and "<b>code" not in page
     assert 'href="b-code-b-more.html"' in page and "unknown model" in page
+
+
+def test_a_scenario_is_named_by_a_path_of_either_kind(fleet_file: Path, tmp_path: Path) -> None:
+    assert kvplan.fleet(str(fleet_file), str(tmp_path / "out"), date=DATE).num_fitting == 2
+    assert (tmp_path / "out" / "index.html").is_file()
+
+
+def test_an_index_says_of_each_deployment_what_its_page_says(fleet_file: Path) -> None:
+    entry = next(entry for entry in kvplan.fleet(fleet_file, date=DATE).entries if entry.name == "chat")
+    page = kvplan.report(**next(d.options for d in read_scenario(fleet_file) if d.name == "chat"), date=DATE)
+    now = page.answers.now
+    assert now is not None
+    assert (entry.itl_s, entry.tpot_s, entry.ttft_s) == (now.itl.value_s, now.tpot.value_s, now.ttft.value_s)
 
 
 def test_a_fleet_is_the_same_to_the_byte_with_a_date(fleet_file: Path, tmp_path: Path) -> None:
