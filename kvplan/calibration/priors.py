@@ -55,7 +55,7 @@ def candidate_priors(
         dtypes: canonical KV dtypes, in the order of the fit's blocks.
         gpu: the GPU's profile name.
         known: calibrations to learn from; those that ship when None.
-        seen: what the samples themselves say goes to the alternate kernel.
+        seen: what the samples themselves say goes to the other kernel.
 
     """
     calibrations = shipped() if known is None else list(known)
