@@ -18,7 +18,8 @@ import numpy as np
 
 from kvplan import profiles
 from kvplan.latency.accuracy_report import accuracy_markdown
-from kvplan.latency.fit import Design, Observations, fit
+from kvplan.latency.fit import Observations, fit
+from kvplan.latency.hierarchy import Design
 from kvplan.latency.parameters import NAMES, PARAMETERS, PROFILE, SCHEMA_VERSION
 from kvplan.latency.serving_rows import ServingRow
 from kvplan.latency.validate import Validation, load_observations, residual_quantiles, validate

@@ -1,11 +1,11 @@
 """Fit the parameters on measured deployments: a maximum a posteriori estimate over a hierarchy of offsets.
 
-Each parameter of a row is its common value plus the offsets of the row's levels, Gaussian around zero with the spreads
-below; those of single deployments, layouts and engine versions are Student-t, so that an odd deployment keeps its
-oddity to itself instead of bending its GPU, engine and family. Residuals of ln TPOT are Student-t too: a mislabelled
-row has little pull. Large groups must not outvote small ones: a row weighs √(min(1, 10 / rows of its group)). A
-doubtful row counts unless its requests waited longer than they decoded, which says that the stated clients did not run
-at once. Levenberg–Marquardt with reweighted least squares.
+Each parameter of a row is its common value plus the offsets of the row's levels, Gaussian around zero; those of single
+deployments, layouts and engine versions are Student-t, so that an odd deployment keeps its oddity to itself instead of
+bending its GPU, engine and family. Residuals of ln TPOT are Student-t too: a mislabelled row has little pull. Large
+groups must not outvote small ones: a row weighs √(min(1, 10 / rows of its group)). A doubtful row counts unless its
+requests waited longer than they decoded, which says that the stated clients did not run at once. Levenberg–Marquardt
+with reweighted least squares.
 """
 
 from __future__ import annotations
@@ -15,15 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from kvplan.latency.hierarchy import SPREADS, Columns, Design
 from kvplan.latency.load import load_state
-from kvplan.latency.parameters import NAMES, PARAMETERS, Traits
+from kvplan.latency.parameters import NAMES, Traits
 from kvplan.latency.served import Served
 from kvplan.latency.step import LoadFeatures, StepFeatures, load_times
 from kvplan.traffic import Floats
-
-Columns = npt.NDArray[np.int64]
 
 SIGMA_TPOT = 0.08
 SIGMA_TTFT = 0.35
@@ -33,136 +31,8 @@ EXACT_TTFT_WEIGHT = 0.03
 GROUP_WEIGHT_ROWS = 10
 ENOUGH = 0.3
 """Gain of log posterior below which, twice in a row, the fit has arrived."""
-DENSE_ONLY = {"kernel_dense_s", "matrix_dense"}
-MOE_ONLY = {"kernel_moe_s", "matrix_moe", "expert_stream", "routing_evenness"}
-HEAVY_LEVELS = {"deployment", "engine_version", "layout"}
-HEAVY_NU = 3.0
-"""Levels whose offsets are Student-t, and its degrees of freedom."""
 SATURATED = 0.8
 """Share of the KV capacity above which TTFT is mostly waiting for a slot, and is not fitted."""
-
-SPREADS: dict[str, dict[str, float]] = {
-    "engine": {
-        "weight_stream": 0.02,
-        "kv_stream": 0.1,
-        "kernel_dense_s": 0.2,
-        "step_s": 0.3,
-        "collective_s": 0.3,
-        "matrix_dense": 0.15,
-        "matrix_moe": 0.3,
-        "expert_stream": 0.2,
-        "kernel_moe_s": 0.3,
-        "sequence_s": 0.4,
-        "prefill_kernel_s": 0.4,
-        "together_exact": 1.0,
-        "together_spread": 0.5,
-    },
-    "gpu": {
-        "weight_stream": 0.02,
-        "kv_stream": 0.075,
-        "kernel_dense_s": 0.05,
-        "step_s": 0.2,
-        "collective_s": 0.3,
-        "matrix_dense": 0.05,
-        "matrix_moe": 0.2,
-        "expert_stream": 0.15,
-        "kernel_moe_s": 0.2,
-        "sequence_s": 0.1,
-        "prefill_kernel_s": 0.2,
-    },
-    "gpu_engine": {
-        "weight_stream": 0.02,
-        "kv_stream": 0.075,
-        "kernel_dense_s": 0.15,
-        "step_s": 0.25,
-        "collective_s": 0.3,
-        "matrix_dense": 0.15,
-        "matrix_moe": 0.2,
-        "expert_stream": 0.15,
-        "kernel_moe_s": 0.2,
-        "sequence_s": 0.3,
-        "prefill_kernel_s": 0.3,
-        "together_exact": 0.3,
-        "together_spread": 0.3,
-    },
-    "precision_engine": {
-        "weight_stream": 0.025,
-        "kv_stream": 0.1,
-        "kernel_dense_s": 0.05,
-        "matrix_dense": 0.075,
-        "matrix_moe": 0.3,
-        "expert_stream": 0.2,
-        "kernel_moe_s": 0.2,
-    },
-    "precision": {
-        "matrix_dense": 0.15,
-        "matrix_moe": 0.2,
-    },
-    "family": {
-        "kv_stream": 0.075,
-        "kernel_dense_s": 0.1,
-        "matrix_dense": 0.1,
-        "matrix_moe": 0.3,
-        "expert_stream": 0.2,
-        "routing_evenness": 0.4,
-        "kernel_moe_s": 0.3,
-        "sequence_s": 0.2,
-        "prefill_kernel_s": 0.2,
-    },
-    "family_engine": {
-        "kv_stream": 0.075,
-        "kernel_dense_s": 0.3,
-        "matrix_dense": 0.3,
-        "matrix_moe": 0.2,
-        "expert_stream": 0.2,
-        "kernel_moe_s": 0.2,
-        "sequence_s": 0.4,
-        "prefill_kernel_s": 0.3,
-    },
-    "engine_version": {
-        "kernel_dense_s": 0.3,
-        "matrix_dense": 0.1,
-        "matrix_moe": 0.1,
-        "kernel_moe_s": 0.3,
-        "step_s": 0.2,
-        "together_exact": 0.3,
-        "together_spread": 0.3,
-    },
-    "layout": {
-        "kernel_dense_s": 0.1,
-        "collective_s": 0.2,
-        "expert_stream": 0.1,
-        "kernel_moe_s": 0.1,
-        "matrix_dense": 0.1,
-        "matrix_moe": 0.1,
-    },
-    "deployment": {
-        "weight_stream": 0.02,
-        "kv_stream": 0.075,
-        "kernel_dense_s": 0.15,
-        "matrix_dense": 0.15,
-        "matrix_moe": 0.3,
-        "expert_stream": 0.2,
-        "kernel_moe_s": 0.2,
-        "sequence_s": 0.15,
-        "prefill_kernel_s": 0.4,
-        "together_exact": 0.3,
-        "together_spread": 0.3,
-    },
-    "speculative": {
-        "accepted": 0.7,
-    },
-    "wide": {
-        "matrix_moe": 1.5,
-        "kernel_moe_s": 0.5,
-        "sequence_s": 1.0,
-        "prefill_kernel_s": 1.5,
-        "residual": 0.3,
-        "kv_stream": 0.5,
-        "together_spread": 2.0,
-    },
-}
-"""Level → parameter → standard deviation of its offset. Stated, not fitted."""
 
 
 @dataclass(frozen=True)
@@ -214,55 +84,6 @@ def observe(served: Sequence[Served], points: Sequence[tuple[float, float, float
         load, traits, tpot_s, ttft_s, weight,
         weight * np.array(limits) * narrow * np.where(load.has_spread, 1.0, EXACT_TTFT_WEIGHT),
     )  # fmt: skip
-
-
-class Design:
-    """Which coefficient acts on which parameter of which row."""
-
-    def __init__(self, traits: Sequence[Traits], spreads: dict[str, dict[str, float]] = SPREADS) -> None:
-        self.columns: list[tuple[str, str, str]] = [("common", "", name) for name in NAMES]
-        prior, seen = [parameter.spread for parameter in PARAMETERS], set()
-        for level, parameters in spreads.items():
-            for name, is_moe in sorted({(found, t.is_moe) for t in traits if (found := t.levels().get(level))}):
-                for parameter, spread in parameters.items():
-                    column = (level, name, parameter)
-                    if parameter not in (DENSE_ONLY if is_moe else MOE_ONLY) and column not in seen:
-                        seen.add(column)
-                        self.columns.append(column)
-                        prior.append(spread)
-        self.spread = np.array(prior)
-        self.center = np.zeros(len(self.columns))
-        self.center[: len(NAMES)] = [parameter.prior_log for parameter in PARAMETERS]
-        self.index = {column: i for i, column in enumerate(self.columns)}
-        self.is_heavy = np.array([level in HEAVY_LEVELS for level, _, _ in self.columns])
-
-    def prior_cost(self, beta: Floats) -> float:
-        """Minus the log prior, up to a constant."""
-        z2 = ((beta - self.center) / self.spread) ** 2
-        return float(np.where(self.is_heavy, (HEAVY_NU + 1) / 2 * np.log1p(z2 / HEAVY_NU), z2 / 2).sum())
-
-    def prior_precision(self, beta: Floats) -> Floats:
-        """Weights of the quadratic that touches the prior at ``beta``."""
-        z2 = ((beta - self.center) / self.spread) ** 2
-        return np.asarray(np.where(self.is_heavy, (HEAVY_NU + 1) / (HEAVY_NU + z2), 1.0) / self.spread**2)
-
-    def rows(self, traits: Sequence[Traits]) -> list[tuple[int, Columns]]:
-        """(parameter, column of each row) pairs; a column of −1 is a level that was not fitted."""
-        found = [(j, np.full(len(traits), j)) for j in range(len(NAMES))]
-        levels = [t.levels() for t in traits]
-        wanted = dict.fromkeys((level, parameter) for level, _, parameter in self.columns if level != "common")
-        for level, parameter in wanted:
-            columns = [self.index.get((level, names.get(level, ""), parameter), -1) for names in levels]
-            found.append((NAMES.index(parameter), np.array(columns)))
-        return found
-
-    def parameters(self, beta: Floats, rows: list[tuple[int, Columns]]) -> Floats:
-        """Parameters of each row, n × parameters, from what ``rows`` returned."""
-        padded = np.append(beta, 0.0)
-        found = np.zeros((len(rows[0][1]), len(NAMES)))
-        for j, columns in rows:
-            found[:, j] += padded[columns]
-        return found
 
 
 def _log_times(phi: Floats, data: Observations) -> Floats:
