@@ -3,9 +3,9 @@
 Each parameter of a row is its common value plus the offsets of the row's levels, Gaussian around zero; those of single
 deployments, layouts and engine versions are Student-t, so that an odd deployment keeps its oddity to itself instead of
 bending its GPU, engine and family. Residuals of ln TPOT are Student-t too: a mislabelled row has little pull. Large
-groups must not outvote small ones: a row weighs √(min(1, 10 / rows of its group)). A doubtful row counts unless its
-requests waited longer than they decoded, which says that the stated clients did not run at once. Levenberg–Marquardt
-with reweighted least squares.
+groups must not outvote small ones: a row weighs √(min(1, 10 / rows of its group)). A doubtful row moves only the
+offsets of the engine version it names, and nothing if its requests waited longer than they decoded, which says that the
+stated clients did not run at once. Levenberg–Marquardt with reweighted least squares.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class Observations:
     ttft_s: Floats
     weight: Floats
     ttft_weight: Floats
+    doubtful: Floats
 
     def __len__(self) -> int:
         return len(self.tpot_s)
@@ -57,7 +58,7 @@ class Observations:
             StepFeatures(*(np.asarray(values)[picked] for values in self.step)),
             LoadFeatures(*(np.asarray(values)[picked] for values in self.load)),
             tuple(self.traits[i] for i in picked),
-            *(values[picked] for values in (self.tpot_s, self.ttft_s, self.weight, self.ttft_weight)),
+            *(v[picked] for v in (self.tpot_s, self.ttft_s, self.weight, self.ttft_weight, self.doubtful)),
         )
 
 
@@ -82,7 +83,7 @@ def observe(served: Sequence[Served], points: Sequence[tuple[float, float, float
     return Observations(
         StepFeatures(*(np.concatenate(column) for column in zip(*steps, strict=True))),
         load, traits, tpot_s, ttft_s, weight,
-        weight * np.array(limits) * narrow * np.where(load.has_spread, 1.0, EXACT_TTFT_WEIGHT),
+        weight * np.array(limits) * narrow * np.where(load.has_spread, 1.0, EXACT_TTFT_WEIGHT), suspect,
     )  # fmt: skip
 
 
@@ -101,6 +102,7 @@ def fit(data: Observations, *, iterations: int = 60, spreads: dict[str, dict[str
     """The design and its coefficients, from a cold start at the priors."""
     design = Design(data.traits, spreads)
     rows, n = design.rows(data.traits), len(data)
+    informed = design.informed(rows, data.doubtful)
     measured = np.log(np.concatenate([data.tpot_s, data.ttft_s]))
     sigma2 = np.concatenate([np.full(n, SIGMA_TPOT**2), np.full(n, SIGMA_TTFT**2)])
     weight = np.concatenate([data.weight, data.ttft_weight])
@@ -122,7 +124,7 @@ def fit(data: Observations, *, iterations: int = 60, spreads: dict[str, dict[str
             moved = phi.copy()
             moved[:, j] += 1e-4
             slopes[j] = (_log_times(moved, data) - now) / 1e-4
-        hessian, gradient = _normal_equations(rows, slopes, robust, r, len(beta))
+        hessian, gradient = _normal_equations(informed, slopes, robust, r, len(beta))
         precision = design.prior_precision(beta)
         hessian += np.diag(precision)
         gradient += (beta - design.center) * precision

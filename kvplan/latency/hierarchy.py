@@ -14,6 +14,8 @@ Columns = npt.NDArray[np.int64]
 
 DENSE_ONLY = {"kernel_dense_s", "matrix_dense"}
 MOE_ONLY = {"kernel_moe_s", "matrix_moe", "expert_stream", "routing_evenness"}
+DOUBTFUL_LEVEL = "engine_version"
+"""What rows with doubtful labels may say something about: what is odd about them stays with the version they name."""
 HEAVY_LEVELS = {"deployment", "engine_version", "layout"}
 HEAVY_NU = 3.0
 """Levels whose offsets are Student-t, and its degrees of freedom."""
@@ -98,11 +100,11 @@ SPREADS: dict[str, dict[str, float]] = {
     },
     "engine_version": {
         "kernel_dense_s": 0.3,
-        "matrix_dense": 0.1,
+        "matrix_dense": 0.3,
         "matrix_moe": 0.1,
         "kernel_moe_s": 0.3,
         "step_s": 0.2,
-        "together_exact": 0.3,
+        "together_exact": 1.0,
         "together_spread": 0.3,
     },
     "layout": {
@@ -181,6 +183,11 @@ class Design:
             columns = [self.index.get((level, names.get(level, ""), parameter), -1) for names in levels]
             found.append((NAMES.index(parameter), np.array(columns)))
         return found
+
+    def informed(self, rows: list[tuple[int, Columns]], doubtful: Floats) -> list[tuple[int, Columns]]:
+        """``rows`` with the columns that a row may move: all of them, or its engine version's where it is doubtful."""
+        own = np.array([level == DOUBTFUL_LEVEL for level, _, _ in self.columns] + [True])
+        return [(j, np.where((doubtful > 0) & ~own[columns], -1, columns)) for j, columns in rows]
 
     def parameters(self, beta: Floats, rows: list[tuple[int, Columns]]) -> Floats:
         """Parameters of each row, n × parameters, from what ``rows`` returned."""
