@@ -59,15 +59,15 @@ def test_load_is_predicted_with_the_lengths_that_were_given() -> None:
 
 def test_prompts_that_queue_are_said_in_words() -> None:
     """Memory holds them all, and yet the first token takes longer than the answer after it."""
-    question = {"model": "70b", "gpu": "h200", "tp_size": 4, "kv_cache_dtype": "fp8", "date": DATE}
-    for users, queue in ((1, False), (64, True)):
-        report = kvplan.report(**question, input_tokens="31k", output_tokens="1k", concurrency=users)
+    question = {"model": "qwen3-32b", "gpu": "h100", "tp_size": 4, "engine": "sglang", "date": DATE}
+    for users, queue in ((1, False), (128, True)):
+        report = kvplan.report(**question, input_tokens="4k", output_tokens=44, concurrency=users)
         now = report.answers.now
         assert report.answers.fits and now is not None
-        assert (now.ttft.value_s > 1024 * now.tpot.value_s) is queue
+        assert (now.ttft.value_s > 44 * now.tpot.value_s) is queue
         said = [line for line in report.answers.sentences if "waits longer for the first token" in line]
         assert len(said) == queue
-        assert all("31,744 tokens" in line for line in said)
+        assert all("4,096 tokens" in line for line in said)
 
 
 def test_fp8_is_worth_its_capacity_after_scales_and_its_slope_after_the_kernel(chat: Report) -> None:
