@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 
 from .configs import Config, mla_config
-from .decode_attention.kernel import MIN_TILES, OFFSET, join_pieces, piece_slot
+from .decode_attention.join import join_pieces, piece_slot
+from .decode_attention.kernel import MIN_TILES, OFFSET
 from .decode_attention.plan import LEVELS
 from .device import KernelFacts, architecture, interpreting, loaded_facts, resident_ctas, unpack_mode
 from .latent_cache import LATENT_DIM, ROPE_DIM, LatentCache

@@ -23,13 +23,12 @@ import triton.language as tl
 
 from ..schedule import batch_tiles, chunk_of_tile, chunk_start, sequence_tiles, used_chunks
 from ..unpack import INT8_BIAS, unpack_elements, unpack_pairs
+from .join import join_pieces, piece_slot
 
 OFFSET = tl.constexpr(14.0)
 """log2 of the largest softmax weight: keeps small weights clear of float16's subnormals."""
 SMALLEST_SCALE = tl.constexpr(2.0**-60)
 MIN_TILES = tl.constexpr(4)
-RADIX = tl.constexpr(8)
-"""Pieces of a sequence that one program joins."""
 _STRIDES = (
     *("q_batch", "q_head", "k_page", "k_token", "k_head", "v_page", "v_token", "v_head"),
     *("scale_page", "scale_token", "scale_head", "table_row", "out_batch"),
@@ -95,86 +94,6 @@ def _add_values(even, odd, v, weights, decay, FORMAT: tl.constexpr, UNPACK: tl.c
     else:
         even = tl.dot(v, weights.to(v.dtype), even * decay[None, :])
     return even, odd
-
-
-@triton.jit
-def piece_slot(first_chunk, piece):
-    """Place of a sequence's piece: a chunk has two, the second for the sequence that starts in it."""
-    return (first_chunk + piece) * 2 + (piece == 0).to(tl.int32)
-
-
-@triton.jit(noinline=True)
-def join_pieces(
-    sink_ptr,
-    out_ptr,  # the sequence's output row
-    partial_ptr,
-    partial_lse_ptr,
-    arrived_ptr,
-    piece,
-    first_chunk,
-    pieces,
-    num_chunks,
-    kv_head,
-    KV_HEADS: tl.constexpr,
-    G: tl.constexpr,
-    GP: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    SINKS: tl.constexpr,
-    JOIN_STAGES: tl.constexpr,
-):
-    """Join the pieces of a sequence: of each RADIX neighbours the last to arrive adds them up, level by level.
-
-    A group's result replaces its first piece; the top group writes the output. `arrived_ptr` counts, and is zero again
-    when the kernel ends. Not inlined: its addresses would hold registers all through the main loop.
-    """
-    heads = tl.arange(0, GP)
-    dims = tl.arange(0, DP)
-    row_ok = heads < G
-    cell_ok = row_ok[:, None] & (dims < D)[None, :]
-    cell = (kv_head * G + heads)[:, None] * D + dims[None, :]
-    active = pieces > 1
-    width = pieces * 0 + 1
-    counters = arrived_ptr + kv_head
-    while active:
-        first = piece // (width * RADIX) * (width * RADIX)
-        count = tl.minimum(tl.cdiv(pieces - first, width), RADIX)
-        counter = counters + piece_slot(first_chunk, first) * KV_HEADS
-        tl.debug_barrier()
-        active = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == count - 1
-        if active:
-            tl.store(counter, 0)
-            top = pieces <= width * RADIX
-            peak = tl.full([GP], float("-inf"), tl.float32)
-            weight = tl.zeros([GP], tl.float32)
-            acc = tl.zeros([GP, DP], tl.float32)
-            for member in tl.range(0, count, num_stages=JOIN_STAGES):
-                one = piece_slot(first_chunk, first + member * width) * (KV_HEADS * G)
-                one_lse = tl.load(
-                    partial_lse_ptr + (one + kv_head * G + heads), mask=row_ok, other=0.0, cache_modifier=".cg"
-                )
-                values = tl.load(partial_ptr + (one * D + cell), mask=cell_ok, other=0.0, cache_modifier=".cg")
-                new_peak = tl.maximum(peak, one_lse)
-                keep = tl.exp2(peak - new_peak)
-                share = tl.exp2(one_lse - new_peak)
-                acc = acc * keep[:, None] + values * share[:, None]
-                weight = weight * keep + share
-                peak = new_peak
-            if SINKS:
-                sink = tl.load(sink_ptr + kv_head * G + heads, mask=row_ok, other=0.0) * 1.4426950408889634
-                if top:
-                    weight += tl.exp2(sink - peak)
-            acc = acc / weight[:, None]
-            if top:
-                tl.store(out_ptr + cell, acc.to(out_ptr.dtype.element_ty), mask=cell_ok)
-                active = False
-            else:
-                tl.debug_barrier()
-                slot = piece_slot(first_chunk, first) * (KV_HEADS * G)
-                tl.store(partial_ptr + (slot * D + cell), acc, mask=cell_ok)
-                tl.store(partial_lse_ptr + (slot + kv_head * G + heads), peak + tl.log2(weight), mask=row_ok)
-        width *= RADIX
-        counters += 2 * num_chunks * KV_HEADS
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALISED)

@@ -11,7 +11,8 @@ import triton.language as tl
 
 from ..schedule import batch_tiles, chunk_of_tile, chunk_start, sequence_tiles, used_chunks
 from ..unpack import E2M1_UNIT, unpack_elements, unpack_words
-from .kernel import MIN_TILES, NOT_SPECIALISED, OFFSET, join_pieces, piece_slot
+from .join import join_pieces, piece_slot
+from .kernel import MIN_TILES, NOT_SPECIALISED, OFFSET
 
 
 @triton.jit

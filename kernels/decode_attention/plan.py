@@ -7,7 +7,8 @@ import torch
 from ..configs import Config, decode_configs, padded_head_dim
 from ..device import KernelFacts, architecture, interpreting, loaded_facts, resident_ctas, unpack_mode
 from ..paged_cache import PagedKvCache
-from .kernel import RADIX, attend
+from .join import RADIX
+from .kernel import attend
 from .kernel4 import attend4
 
 BATCH_BUCKETS = (1, 64, 1024, 8192)

@@ -4,7 +4,8 @@
 ``plan``          which cells to time: shapes, formats, batches, contexts, cut to memory
 ``backend``       what a device has to offer; ``cuda`` and ``cpu`` are the two there are
 ``run_folder``    the records of a run, written as they are taken
-``run``           gates, roofline, cells, peers, whole steps, under a time budget
+``run``           from options to the report
+``runner``        gates, roofline, cells, peers, whole steps, under a time budget
 ``predict``       what kvplan would have said of each cell before it was timed
 ``analysis``      slopes, ratios, errors: from records to a report
 ``step_plan``     the whole decode step of a dense model: which, how predicted, which line
