@@ -57,6 +57,8 @@ def _usable_surroundings() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - for the whole run
+    if os.environ.get("NO_COLOR"):
+        os.environ["_TYPER_FORCE_DISABLE_TERMINAL"] = "1"  # help without weight too
     columns = os.environ.get("COLUMNS", "")
     if not (columns.isascii() and columns.isdigit()):
         os.environ.pop("COLUMNS", None)
@@ -93,9 +95,9 @@ def report_error(error: object) -> None:
     from kvplan.errors import KvplanError
 
     assert isinstance(error, KvplanError)
-    label = "error:"
-    if sys.stderr.isatty() and not os.environ.get("NO_COLOR"):
-        label = "\x1b[31merror:\x1b[0m"
+    from kvplan.terminal.console import is_styled
+
+    label = "\x1b[31merror:\x1b[0m" if is_styled(sys.stderr) else "error:"
     hint = f" ({error.hint})" if error.hint else ""
     with contextlib.suppress(OSError):  # a full disk under stderr changes no exit code
         print(f"{label} {error.message}{hint}", file=sys.stderr, flush=True)

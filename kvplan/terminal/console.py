@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 MIN_WIDTH = 60
 MAX_WIDTH = 120
 PIPED_WIDTH = 100
+PAGE_HEIGHT = 25
+"""Nothing here depends on it, but Rich asks dumb terminals for their width unless both are given."""
 
 
 def make_console(stream: TextIO | None = None, width: int | None = None) -> Console:
@@ -20,25 +22,34 @@ def make_console(stream: TextIO | None = None, width: int | None = None) -> Cons
     from rich.console import Console
 
     out = stream or sys.stdout
-    terminal = out.isatty()
+    return Console(
+        file=out, width=page_width(out, width), height=PAGE_HEIGHT, highlight=False, soft_wrap=False,
+        force_terminal=out.isatty(), emoji=False, color_system="auto" if is_styled(out) else None,
+    )  # fmt: skip
+
+
+def page_width(stream: TextIO, width: int | None = None) -> int:
+    """``width``, else what COLUMNS or the terminal says, within what tables stay readable at; fixed when piped."""
     if width is None:
         columns = os.environ.get("COLUMNS", "")
         if columns.isdigit() and int(columns) > 0:
             width = int(columns)
-        elif not terminal:
+        elif stream.isatty():
+            width = os.get_terminal_size(stream.fileno()).columns or PIPED_WIDTH
+        else:
             width = PIPED_WIDTH
-    if width is not None:
-        width = max(MIN_WIDTH, min(width, MAX_WIDTH))
-    return Console(
-        file=out, width=width, highlight=False, soft_wrap=False, force_terminal=terminal, emoji=False,
-        color_system=None if os.environ.get("NO_COLOR") else "auto",
-    )  # fmt: skip
+    return max(MIN_WIDTH, min(width, MAX_WIDTH))
+
+
+def is_styled(stream: TextIO) -> bool:
+    """Colour and weight belong on a terminal that knows them, and where nobody asked for none."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
 def make_table(
     *columns: str, title: str | None = None, right: tuple[int, ...] = (), wrap: tuple[int, ...] = ()
 ) -> Table:
-    """A borderless table with a heading line; columns in ``right`` align right, those in ``wrap`` may fold."""
+    """A borderless table with a heading line; those in ``right`` align right, labels and those in ``wrap`` may fold."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -47,10 +58,11 @@ def make_table(
         box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, title_justify="left", title_style="bold",
         title=Text(title) if title else None, header_style="dim", padding=(0, 1, 0, 0),
     )  # fmt: skip
+    folding = {*wrap, 0} - {*right}  # labels fold on a narrow page, so that numbers stay whole
     for number, name in enumerate(columns):
         table.add_column(
-            Text(name), justify="right" if number in right else "left", no_wrap=number not in wrap,
-            overflow="fold" if number in wrap else "ellipsis",
+            Text(name), justify="right" if number in right else "left", no_wrap=number not in folding,
+            overflow="fold" if number in folding else "ellipsis",
         )  # fmt: skip
     return table
 

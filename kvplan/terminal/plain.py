@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from typing import TextIO
 
-from kvplan.terminal.console import MAX_WIDTH, MIN_WIDTH, PIPED_WIDTH
+from kvplan.terminal.console import is_styled, page_width
 
 MIN_COLUMN = 6
 """Characters a column of text keeps on a narrow page."""
@@ -20,15 +19,8 @@ class Page:
 
     def __init__(self, stream: TextIO | None = None, width: int | None = None) -> None:
         self.stream = stream or sys.stdout
-        is_terminal = self.stream.isatty()
-        self.styled = is_terminal and not os.environ.get("NO_COLOR")
-        if width is None:
-            columns = os.environ.get("COLUMNS", "")
-            if columns.isdigit() and int(columns) > 0:
-                width = int(columns)
-            else:
-                width = os.get_terminal_size(self.stream.fileno()).columns if is_terminal else PIPED_WIDTH
-        self.width = max(MIN_WIDTH, min(width, MAX_WIDTH))
+        self.styled = is_styled(self.stream)
+        self.width = page_width(self.stream, width)
 
     def line(self, text: str = "", style: str | None = None) -> None:
         """A paragraph, wrapped between words."""

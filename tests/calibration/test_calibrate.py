@@ -153,7 +153,7 @@ def test_the_command_writes_predictions_in_input_order(samples, tmp_path, kvplan
     cases = write(tmp_path / "cases.csv", [row(b, c, d) for b, c in reversed(GRID) for d in ("bf16", "fp8")])
     out, calibration = tmp_path / "out.csv", tmp_path / "c.json"
     ran = kvplan_cli("calibrate", str(samples), "--gpu", "h200", "-o", str(calibration), "--evaluate", str(cases),
-                     "--predictions", str(out))  # fmt: skip
+                     "--predictions", str(out), width=120)  # fmt: skip
     assert ran.code == 0, ran.err
     assert "context ≥ 1k and KV ≥ 64 MB" in ran.out
     rows = read(out)
