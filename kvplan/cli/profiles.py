@@ -46,12 +46,9 @@ def profiles_command(context: typer.Context, as_json: JSON = False) -> None:
     for row in rows:
         samples = row["num_samples"]
         count = f"{samples:,}" if isinstance(samples, int) else "–"
-        engine = " ".join(str(part) for part in (row["engine"], row["engine_version"]) if part)
-        of = " on ".join(str(part) for part in (row["kind"], row["gpu"]) if part)
-        table.append(
-            (row["name"], count, str(row["date"] or "–"), row["origin"], ", ".join(filter(None, (of, engine))))
-        )
-    page.table(("calibration", "samples", "date", "from", "of"), table, right=(1,))
+        version = str(row["engine_version"] or "–")
+        table.append((row["name"], version, count, str(row["date"] or "–"), row["origin"]))
+    page.table(("calibration", "version", "samples", "date", "from"), table, right=(2,))
     print(f"{counts['models']} models (`kvplan models`), {counts['gpus']} GPUs (`kvplan gpus`)")
 
 

@@ -66,6 +66,10 @@ def show_attention(console: Console, document: Mapping[str, Any], origin: str) -
     if all(entry["other_kernel"] for entry in entries):
         console.print(f"(2) is the engine's other kernel, for {_dispatched(document['other_kernel'])}", markup=False)
         _show_parameters(console, list(document["kv_dtypes"]), [entry["other_kernel"] for entry in entries])
+    meanings = make_table("parameter", "what it is", wrap=(1,))
+    for key, about in entries[0]["parameters"].items():
+        add_row(meanings, key, about["meaning"])
+    console.print(meanings)
     ranges = "; ".join(f"{key} {low:,.0f}–{high:,.0f}" for key, (low, high) in document["valid_range"].items())
     console.print(f"valid for {ranges}; outside it the interval widens by half", markup=False)
 
@@ -81,11 +85,11 @@ def _kernels(document: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def _show_parameters(console: Console, names: Sequence[str], entries: Sequence[Mapping[str, Any]]) -> None:
-    table = make_table("parameter", *names, "unit", "what it is", wrap=(len(names) + 2,))
+    table = make_table("parameter", *names, "unit")
     for key, about in entries[0]["parameters"].items():
         fitted = [entry["parameters"][key] for entry in entries]
         cells = [f"{item['value']:.3g} ±{item['log_spread']:.0%}" for item in fitted]
-        add_row(table, key, *cells, about["unit"], about["meaning"])
+        add_row(table, key, *cells, about["unit"])
     console.print(table)
 
 
