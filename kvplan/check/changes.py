@@ -8,8 +8,12 @@ from typing import Any
 
 from kvplan.check.basis import Basis
 from kvplan.check.server import ServerReport
+from kvplan.gpu import GpuSpec, gpu_names, load_gpu, resolve_gpu
 from kvplan.memory.plan import SizePlan
-from kvplan.units import format_tokens
+from kvplan.units import format_gib, format_tokens
+
+SAME_MEMORY = 0.02
+"""How much more memory a GPU may have than the smallest of those a cause names together with it."""
 
 
 @dataclass(frozen=True)
@@ -87,3 +91,22 @@ def memory_changes(report: ServerReport, basis: Basis, plan: SizePlan) -> Iterat
         yield from _tp_changes(report, plan)
         if report.value("ep") is None and not plan.request.ep:
             yield Change("ep", {"ep": True}, "experts are split over all ranks", "plan with --ep")
+    if "gpu" in basis.given and not report.facts.keys() & {"gpu", "total_bytes"}:
+        yield from _gpu_changes(plan)
+
+
+def _gpu_changes(plan: SizePlan) -> Iterator[Change]:
+    """GPUs of another size of memory, those of one size together."""
+    planned = resolve_gpu(plan.request.gpu or "")
+    sizes: list[list[GpuSpec]] = []
+    for gpu in sorted(map(load_gpu, gpu_names()), key=lambda gpu: gpu.memory_bytes):
+        if sizes and gpu.memory_bytes <= sizes[-1][0].memory_bytes * (1 + SAME_MEMORY):
+            sizes[-1].append(gpu)
+        else:
+            sizes.append([gpu])
+    for gpus in sizes:
+        if planned.name not in {gpu.name for gpu in gpus}:
+            names = ", ".join(gpu.name for gpu in gpus)
+            yield Change("gpu", {"gpu": gpus[0].name},
+                         f"a GPU of {format_gib(gpus[0].memory_bytes)} ({names}), not {planned.name}",
+                         "look at nvidia-smi on the server, and name its GPU with --gpu")  # fmt: skip

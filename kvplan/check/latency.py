@@ -32,8 +32,10 @@ def latency_term(report: ServerReport, basis: Basis, tolerance: float) -> Term |
     batch, prompt, answer = (report.number(name) for name in ("batch_size", "input_tokens", "output_tokens"))
     if "gpu" not in basis.options:
         return unchecked("no GPU named: add --gpu")
-    if batch is None or prompt is None:
-        return unchecked("no request was running and no lengths were counted: nothing to predict at")
+    if batch is None:
+        return unchecked("no request was running and no steps were counted: no batch to predict at")
+    if prompt is None:
+        return unchecked("the server counted no prompt lengths: no context to predict at")
     options: dict[str, Any] = {name: basis.options[name] for name in FIELDS if name in basis.options}
     requests = max(1, round(batch * basis.options.get("dp_size", 1)))
     context = max(1, round(prompt + (answer or 0) / 2))

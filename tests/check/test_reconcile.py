@@ -49,6 +49,17 @@ def log(version: str = "0.11.0", model: str = "meta-llama/Llama-3.1-8B-Instruct"
     )
 
 
+def test_memory_of_another_gpu_is_named_where_the_log_does_not_state_it() -> None:
+    result = held(log(fraction=None), gpu="h200")
+    assert [term.name for term in result.drifted] == ["kv_cache_bytes"]
+    [cause] = result.causes
+    assert cause.code == "gpu"
+    assert "h100-sxm" in cause.message and "not h200" in cause.message
+    assert held(log(fraction=None), gpu="h100").agrees
+    stated = held(log(), gpu="h200")
+    assert "gpu" not in {cause.code for cause in stated.causes}
+
+
 def test_public_reports_agree_with_the_rules_of_their_version(data: Path) -> None:
     """From the text of each log and the model's configuration alone; what does not agree is listed with its cause."""
     drifted: dict[str, list[str]] = {}
