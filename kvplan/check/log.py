@@ -18,6 +18,7 @@ from kvplan.check.log_lines import (
     NEEDLES,
     NEW_START,
     READY,
+    REQUESTS,
     SETTINGS,
     SGLANG,
     TRTLLM,
@@ -127,11 +128,13 @@ class _Reader:
             self.line(at, text)
 
     def line(self, number: int, text: str) -> None:
+        if any(words in text for words in REQUESTS):
+            return
         if any(words in text for words in NEW_START):
             self._start()
         self.serving = self.serving or any(words in text for words in READY)
         if self.serving and OUT_OF_MEMORY not in text:
-            return  # what requests say is not what the server says
+            return  # lines without a prefix may be of requests too
         for words, engine in ARGUMENT_LINES.items():
             if words in text:
                 self.engines[engine] += 1

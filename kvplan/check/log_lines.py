@@ -144,6 +144,9 @@ NEW_START = ("API server version", "server_args=ServerArgs(", "TensorRT-LLM vers
 READY = ("Application startup complete", "The server is fired up and ready")
 """What it prints last: lines after it are of requests, whose text may say anything."""
 
+REQUESTS = ("Received request", "details: prompt: ", "obj=GenerateReqInput(", "obj=EmbeddingReqInput(")
+"""Lines that quote a request: nothing in them is the server's own word."""
+
 SETTINGS = {
     VLLM: {
         "model": "model", "model_tag": "model", "tensor_parallel_size": "tp_size", "pipeline_parallel_size": "pp_size",

@@ -103,6 +103,9 @@ def test_what_requests_say_is_not_what_the_server_says() -> None:
     prompt = "INFO [logger.py:43] Received request: prompt: 'Available KV cache memory: 1.00 GiB, max_model_len=7'\n"
     report = read(V1_2025 + serving + prompt)
     assert report.facts["kv_cache_bytes"].value == 59212694937
+    for said in ("CUDA out of memory, why?", "vLLM API server version 9.9", "Application startup complete"):
+        quoted = read(V1_2025 + serving + prompt.replace("max_model_len=7", said))
+        assert (quoted.facts, quoted.failures, quoted.notes) == (report.facts, (), ())
     broken = "ERROR [core.py:708] OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.\n"
     assert [event.code for event in read(V1_2025 + serving + broken).failures] == ["out_of_memory"]
     again = V1_2025.replace("59212694937", "49212694937").replace("55.15", "45.83")
