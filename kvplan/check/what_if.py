@@ -66,14 +66,15 @@ class WhatIf:
                              hint="size without --from-log for another engine")  # fmt: skip
         before = basis_of(self.report, self.identity)
         after = basis_of(self.report, {**self.identity, **changes})
-        terms = _moved(self.report, kv, before, after)
-        options = dict(after.options)
-        for name, term in terms.items():
-            field = "kv_cache_memory_bytes" if name == "kv_cache_bytes" else name
-            if field not in changes:
-                options[field] = term.value_bytes
-        plan = size(make_request(options), compare=compare)
-        return _told(plan, self.report, {name: term for name, term in terms.items() if name not in changes}, after)
+        moved = _moved(self.report, kv, before, after)
+        terms = {name: term for name, term in moved.items() if _field(name) not in changes}
+        options = {**after.options, **{_field(name): term.value_bytes for name, term in terms.items()}}
+        return _told(size(make_request(options), compare=compare), self.report, terms, after)
+
+
+def _field(name: str) -> str:
+    """The field of a sizing request that sets a memory term."""
+    return "kv_cache_memory_bytes" if name == "kv_cache_bytes" else name
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,12 @@ def test_more_ranks_move_the_kv_memory_by_what_the_weights_give_and_the_ranks_ta
     assert after.kv_cache.bytes_per_token == before.kv_cache.bytes_per_token / 2
 
 
+def test_memory_that_is_given_is_not_called_reported() -> None:
+    plan = kvplan.size_from_log(LLAMA, kv_cache_memory_bytes=10 * GIB)
+    assert plan.memory.kv_cache_bytes == 10 * GIB and plan.memory.sources["kv_cache_bytes"].source == "given"
+    assert "kv cache" not in plan.advice[0].message
+
+
 def test_a_smaller_fraction_takes_its_share_of_the_gpu() -> None:
     plan = kvplan.size_from_log(LLAMA, gpu_memory_utilization=0.9)
     assert KV - (plan.memory.kv_cache_bytes or 0) == pytest.approx(0.02 * 79.25 * GIB, abs=2)
