@@ -18,6 +18,8 @@ READ_S = 10.0
 TOTAL_S = 20.0
 MAX_BODY_BYTES = 16 * 2**20
 MAX_REDIRECTS = 3
+ENCODINGS = ("", "identity", "gzip")
+"""Content encodings that are read. One unpacks a piece to a bounded size; several on top of each other do not."""
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,17 @@ class Server:
     """One server, read path by path; redirects are followed only within its host and port."""
 
     def __init__(self, url: str, access: Access) -> None:
-        self.base = _base(url)
+        base = _base(url)
+        self.base = base.copy_with(username=None, password=None)  # shown in results and messages
         self.total_s = access.total_s
-        headers = {"User-Agent": "kvplan"} | ({"Authorization": f"Bearer {access.token}"} if access.token else {})
+        headers = {"User-Agent": "kvplan", "Accept-Encoding": "gzip"} | (
+            {"Authorization": f"Bearer {access.token}"} if access.token else {}
+        )
         self.client = httpx.AsyncClient(
             timeout=httpx.Timeout(min(READ_S, access.total_s), connect=CONNECT_S),
             verify=_trust(access),
             headers=headers,
+            auth=(base.username, base.password) if base.userinfo else None,
         )
 
     async def __aenter__(self) -> Server:
@@ -108,6 +114,9 @@ class Server:
             if response.status_code != 200:
                 raise InputError(f"{url}: HTTP {response.status_code} {response.reason_phrase}".rstrip(),
                                  hint=_hint(response.status_code))  # fmt: skip
+            encoding = response.headers.get("content-encoding", "").strip().lower()
+            if encoding not in ENCODINGS:
+                raise InputError(f"{url}: broken answer: encoded as {shorten(encoding, 40)}")
             kind = response.headers.get("content-type", "")
             if "html" in kind:
                 raise InputError(f"{url}: a web page, not metrics", hint="is this the server's own port?")

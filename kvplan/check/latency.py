@@ -52,8 +52,8 @@ def latency_term(report: ServerReport, basis: Basis, tolerance: float) -> Term |
             planned, (low, high) = plan.itl_s, plan.interval_s
     except KvplanError as error:
         return unchecked(error.message)
+    note = f"batch {requests:,}, context {context:,}; 80% interval {1e3 * low:.1f} to {1e3 * high:.1f} ms"
     low, high = min(low, planned * (1 - tolerance)), max(high, planned * (1 + tolerance))
     verdict: Verdict = "agrees" if low <= fact.number <= high else "drifted"
-    note = f"batch {requests:,}, context {context:,}; 80% interval {1e3 * low:.1f} to {1e3 * high:.1f} ms"
     return Term("itl_s", "inter-token latency", "s", planned, fact.value, plan.source, fact.where, verdict, low, high,
                 note)  # fmt: skip

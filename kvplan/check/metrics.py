@@ -32,6 +32,12 @@ GAUGES = {
     "token_usage": "kv_usage",
 }  # fmt: skip
 _SUMMED = ("running_requests", "waiting_requests")
+_SMALLEST = ("num_blocks", "capacity_tokens")
+"""Facts that every data-parallel engine has one of; the smallest counts."""
+
+MAX_LINE_CHARS = 2**14
+"""Longest line that is parsed: the time the client library takes grows with the square of it."""
+
 _HISTOGRAMS = (*ITL, "request_prompt_tokens", "request_generation_tokens", "prompt_tokens_histogram",
                "generation_tokens_histogram")  # fmt: skip
 _COUNTED = frozenset(
@@ -62,6 +68,8 @@ def read_scrape(text: str, source: str) -> Scrape:
     facts: dict[str, Fact] = {}
     counters: dict[str, float] = {}
     engine = model = None
+    if any(len(line) > MAX_LINE_CHARS for line in text.split("\n")):
+        raise InputError(f"{source}: a line of more than {MAX_LINE_CHARS:,} characters, not metrics")
     try:
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
@@ -85,14 +93,17 @@ def _sample(name: str, labels: Mapping[str, str], value: float, where: str, fact
     if name == "cache_config_info":
         for label, fact in SETTING_LABELS.items():
             found, known = _label(fact, labels.get(label), f"{where} {label}"), facts.get(fact)
-            fewer = known is None or fact != "num_blocks" or (found is not None and found.number < known.number)
-            if found is not None and fewer:  # every data-parallel engine has one; the smallest counts
+            if found is not None and (known is None or fact not in _SMALLEST or found.number < known.number):
                 facts[fact] = found
     elif name in GAUGES:
         fact = GAUGES[name]
         known = facts.get(fact)
-        total = value + known.number if known is not None and fact in _SUMMED else value
-        facts[fact] = Fact(total if fact == "kv_usage" else int(total), where)
+        if known is not None and fact in _SUMMED:
+            value += known.number
+        elif known is not None and fact in _SMALLEST:
+            value = min(value, known.number)
+        facts[fact] = Fact(value if fact == "kv_usage" else int(value), where)
+        counters[f"{fact}_engines"] = counters.get(f"{fact}_engines", 0) + 1
     elif name in _COUNTED:
         counters[name] = counters.get(name, 0.0) + value
 
@@ -142,7 +153,7 @@ def report_of(source: str, last: Scrape, first: Scrape | None, models: Iterable[
 
 
 def _load(facts: dict[str, Fact], last: Mapping[str, float], first: Mapping[str, float], between: bool) -> None:
-    """Mean latency, batch, prompt and answer from histograms and counters."""
+    """Mean latency, batch of one data-parallel engine, prompt and answer from histograms and counters."""
     grown = {name: value - first.get(name, 0.0) for name, value in last.items()}
     when = "between two scrapes" if between else "since the server started"
 
@@ -165,4 +176,5 @@ def _load(facts: dict[str, Fact], last: Mapping[str, float], first: Mapping[str,
     if steps > 0 and tokens > 0:
         facts["batch_size"] = Fact(tokens / steps, f"generation_tokens_total / engine steps {when}")
     elif facts.get("running_requests") is not None and facts["running_requests"].number > 0:
-        facts["batch_size"] = Fact(facts["running_requests"].number, "requests running now")
+        each = facts["running_requests"].number / last["running_requests_engines"]
+        facts["batch_size"] = Fact(each, "requests running now, an engine")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import ssl
 import threading
@@ -40,7 +41,8 @@ def serving(answers: dict[str, Answer], certificate: tuple[str, str] | None = No
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             answer = answers.get(self.path, Answer(b"Not Found", 404))
-            if key is not None and self.headers.get("Authorization") != f"Bearer {key}":
+            basic = base64.b64encode((key or "").encode()).decode()
+            if key is not None and self.headers.get("Authorization") not in (f"Bearer {key}", f"Basic {basic}"):
                 answer = Answer(b"", 401)
             if answer.then is not None:
                 answers[self.path] = answer.then

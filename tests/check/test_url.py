@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import time
@@ -90,7 +91,10 @@ def test_blocks_and_latency_of_a_running_server_are_held_against_the_plan() -> N
     assert blocks.verdict == "agrees" and blocks.observed == 28600
     assert itl.observed == pytest.approx(0.0104) and itl.low is not None and itl.high is not None
     assert isinstance(itl.planned, float) and itl.low < itl.planned < itl.high
-    assert "batch 16, context 2,176" in itl.note
+    shown = re.fullmatch(r"batch 16, context 2,176; 80% interval ([\d.]+) to ([\d.]+) ms", itl.note)
+    assert shown is not None
+    wide = check(server(), tolerance=0.9)
+    assert term(wide, "itl_s").low < itl.low and term(wide, "itl_s").note == itl.note  # type: ignore[operator]
 
 
 def test_a_latency_outside_the_interval_is_drift() -> None:
@@ -181,6 +185,36 @@ def test_gzip_is_read_and_a_redirect_within_the_server_is_followed() -> None:
     moved = Answer(b"", 302, headers={"Location": "/inner/metrics"})
     answers = server(**{"/metrics": moved, "/inner/metrics": Answer(vllm(), gzipped=True)})
     assert term(check(answers), "num_blocks").observed == 28600
+
+
+def test_encodings_on_top_of_each_other_are_refused() -> None:
+    """Two kilobytes could unpack to gigabytes."""
+    packed = gzip.compress(gzip.compress(b"#" * 2**20))
+    spoilt = Answer(packed, headers={"Content-Encoding": "gzip, gzip"})
+    with pytest.raises(InputError, match="encoded as gzip, gzip"):
+        check(server(**{"/metrics": spoilt}))
+
+
+def test_a_line_that_would_take_minutes_to_parse_is_refused() -> None:
+    labels = ",".join(f'a{i}="b"' for i in range(100_000))
+    with pytest.raises(InputError, match="a line of more than"):
+        check(server(f"vllm:x{{{labels}}} 1\n".encode()))
+
+
+def test_a_password_in_the_address_is_used_and_never_shown() -> None:
+    with serving(server(), key="me:secret") as url:
+        assert "secret" not in kvplan.check_url(url.replace("//", "//me:secret@"), gpu="h100").to_json()
+        with pytest.raises(InputError, match="HTTP 401") as error:
+            kvplan.check_url(url.replace("//", "//me:wrong@"), gpu="h100")
+    assert "wrong" not in error.value.message
+
+
+def test_of_several_engines_the_batch_is_that_of_one_and_the_smallest_cache_counts() -> None:
+    """16 and 8 requests run in two engines: 12 in each of them on average."""
+    second = vllm(blocks=20000).decode().replace('engine="0"', 'engine="1"').replace("} 16.0", "} 8.0")
+    both = "\n".join(line for line in (vllm().decode() + second).splitlines() if "iteration_tokens" not in line)
+    report = report_of("x", read_scrape(both, "x"), None, [], {})
+    assert (report.value("running_requests"), report.value("batch_size"), report.value("num_blocks")) == (24, 12, 20000)
 
 
 def test_an_answer_larger_than_metrics_can_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
