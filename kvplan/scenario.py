@@ -85,9 +85,11 @@ def _deployment(path: Path, number: int, shared: Mapping[str, Any], entry: Any) 
 
 def _parsed(path: Path) -> Mapping[str, Any]:
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
+        with path.open("rb") as file:
+            raw = file.read(MAX_FILE_BYTES + 1)
+        if len(raw) > MAX_FILE_BYTES:
             raise InputError(f"{path}: larger than {MAX_FILE_BYTES >> 20} MiB, not a scenario")
-        text = path.read_text(encoding="utf-8")
+        text = raw.decode()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or type(error).__name__})") from error
     except UnicodeDecodeError as error:

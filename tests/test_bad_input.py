@@ -329,6 +329,30 @@ def test_a_full_disk_under_stdout_ends_with_2_and_one_line(command: str) -> None
     assert "output cannot be written: No space left" in line
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1"])
+@pytest.mark.parametrize("command", ["-h", "size --model 8b --gpu h100 --explain", "itl --model 8b --gpu h100",
+                                     "dtypes", "report --model 8b --gpu h100 --ctx 8k"])  # fmt: skip
+def test_signs_that_an_encoding_lacks_are_spelled(encoding: str, command: str) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run([*KVPLAN, *command.split()], capture_output=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+    page = done.stdout.decode(encoding)
+    assert "KV" in page
+    questions = 1 if command == "-h" else 0  # the one that help asks
+    assert page.count("?") <= questions
+
+
+@pytest.mark.parametrize("command", ["size --cases", "calibrate --gpu h100 -o out.json"])
+def test_a_file_that_never_ends_is_out_of_memory_in_one_line(command: str, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    limit = 2 * 1024**3
+    done = subprocess.run(
+        [*KVPLAN, *command.split(), "/dev/zero"], capture_output=True, text=True, cwd=tmp_path, timeout=120,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+    )  # fmt: skip
+    assert "out of memory" in assert_one_line(Ran(done.returncode, done.stdout, done.stderr))
+
+
 @pytest.mark.parametrize("closed", [1, 2])
 def test_streams_that_were_closed_before_the_start_change_nothing_else(closed: int) -> None:
     command = f"{sys.executable} -m kvplan size --model nope {closed}>&-"

@@ -45,6 +45,9 @@ def main() -> None:
         _drop_stdout()
         report_error(KvplanError(f"output cannot be written: {error.strerror or type(error).__name__}"))
         sys.exit(KvplanError.exit_code)
+    except MemoryError:
+        report_error(KvplanError("out of memory", hint="a smaller input, or one that ends"))
+        sys.exit(KvplanError.exit_code)
     except SystemExit as stop:  # the option parser turns a closed pipe into 1, which here means "the answer is no"
         sys.exit(CLOSED_PIPE if isinstance(stop.__context__, BrokenPipeError) else stop.code)
     except Exception as error:
@@ -53,10 +56,13 @@ def main() -> None:
 
 
 def _usable_surroundings() -> None:
-    """Streams that were closed lead nowhere; a width that is no number is none."""
+    """Streams that were closed lead nowhere and others take every sign; a width that is no number is none."""
+    from kvplan.terminal.spelling import make_encodable
+
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - for the whole run
+        make_encodable(getattr(sys, name))
     if os.environ.get("NO_COLOR"):
         os.environ["_TYPER_FORCE_DISABLE_TERMINAL"] = "1"  # help without weight too
     columns = os.environ.get("COLUMNS", "")
