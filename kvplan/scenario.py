@@ -14,6 +14,7 @@ is for whoever plans it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,8 +117,19 @@ def _yaml(path: Path, text: str) -> Any:
     """YAML, and JSON as a part of it; plain values only, nothing is executed."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Refuses a key given twice; what merges (``<<``) nest never holds a key more than once either."""
+
+        def flatten_mapping(self, node: yaml.MappingNode) -> None:
+            counts = Counter(str(key.value) for key, _ in node.value)
+            twice = next((key for key, count in counts.items() if count > 1), None)
+            if twice is not None:
+                raise yaml.constructor.ConstructorError(None, None, f"{twice} is given twice", node.start_mark)
+            super().flatten_mapping(node)
+            node.value = list({str(key.value): (key, value) for key, value in node.value}.values())
+
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = "" if mark is None else f" at line {mark.line + 1}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,7 @@ def test_one_deployment_needs_no_list_and_toml_reads_the_same(tmp_path: Path) ->
         ("a.yaml", "deployments: [70b]\n", "deployment 1 is not a set of fields"),
         ("a.yaml", "model: {a: 1}\n", "model of deployment 1 must be text"),
         ("a.yaml", "deployments: [{model: 8b}, {model: 8b}]\n", "two deployments are called '8b'"),
+        ("a.yaml", "tp_size: 2\nmodel: 8b\ntp_size: 4\n", "not YAML at line 1: tp_size is given twice"),
         ("a.yaml", "model: !!python/object/apply:os.system [ls]\n", "not YAML"),
         ("a.txt", "model: 8b\n", ".yaml or .toml"),
     ],
@@ -54,6 +56,16 @@ def test_what_is_no_scenario_is_one_clear_line(tmp_path: Path, name: str, text: 
     with pytest.raises(InputError, match=says) as error:
         read_scenario(written(tmp_path, text, name))
     assert "\n" not in error.value.message
+
+
+def test_merged_fields_are_read_and_nested_merges_grow_no_further_than_their_keys(tmp_path: Path) -> None:
+    shared = "deployments:\n- &base {model: 8b, tp_size: 2}\n- {<<: *base, name: big, tp_size: 4}\n"
+    assert read_scenario(written(tmp_path, shared))[1].options == {"model": "8b", "tp_size": 4}
+    levels = "".join(f"- &a{n}\n  <<: [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
+    began = time.monotonic()
+    with pytest.raises(InputError, match="two deployments are called '8b'"):
+        read_scenario(written(tmp_path, f"deployments:\n- &a0 {{model: 8b}}\n{levels}"))
+    assert time.monotonic() - began < 1
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
