@@ -20,6 +20,8 @@ from .timing import time_calls
 Call = Callable[[], object]
 XQA_BLOCKS = (16, 32, 64, 128)
 GATE_LENGTHS = (3000, 129, 4096, 640, 1, 1023)
+MOST_ERROR = 0.2
+"""Relative error from which a peer is not attention; rounding queries and weights to e4m3 costs up to 0.07."""
 
 
 def _stored(cache: PagedKvCache) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,8 +144,9 @@ def measure(
 ) -> dict:
     """Time peer `name` on `cell` as `decode_attention.measure` times ours; `error` is against the float64 reference.
 
-    A peer may quantise more than the cache (FlashAttention-3: the query and the weights), so `error` is reported, not
-    gated. ImportError when it does not load; ValueError when it does not read such a cell.
+    A peer may quantise more than the cache (FlashAttention-3: the query and the weights), so `error` is reported.
+    ImportError when it does not load; ValueError when it does not read such a cell; RuntimeError when what it computes
+    is not attention of this cache.
     """
     if reason := missing(name):
         raise ImportError(reason)
@@ -157,6 +160,8 @@ def measure(
     out = torch.full_like(q, float("nan"))
     peer.call(q, cache, out)()
     error = relative_error(out, reference(q, cache))
+    if not error < MOST_ERROR:
+        raise RuntimeError(f"{peer.label}: its output is off by {error:.1e}; nothing of it was timed")
     _, caches, q, _ = build(cell, cell.seq_lens, layers, device, seed)
     read = caches[0].read_bytes()
     calls = [peer.call(q, c, torch.empty_like(q)) for c in caches] * graph_repeats(read * layers, device)

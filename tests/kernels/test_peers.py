@@ -72,6 +72,16 @@ def test_flash_attention_3_takes_the_query_in_e4m3_beside_an_fp8_cache(vllm, mon
     assert exact["error"] < 4e-3 < rounded["error"] < 0.2
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), 0.0])
+def test_a_peer_that_computes_something_else_is_not_timed(flashinfer, monkeypatch, wrong):
+    monkeypatch.setattr(peers, "GATE_LENGTHS", (33, 1, 64))
+    monkeypatch.setattr(
+        sys.modules["flashinfer"], "xqa", lambda q, k, v, table, lengths, out, *a, **k_: out.fill_(wrong)
+    )
+    with pytest.raises(RuntimeError, match="FlashInfer XQA: its output is off by"):
+        peers.measure("flashinfer", CELL, device="cpu", samples=1)
+
+
 def test_a_peer_that_is_not_installed_says_how_to_get_it():
     if peers.missing("flashinfer") is None:
         pytest.skip("flashinfer is installed here")
