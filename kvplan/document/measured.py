@@ -82,11 +82,10 @@ def _model_of(path: Path) -> str | None:
 
 
 def slope_ratios(run: Run, shape: tuple[int, int, int] | None) -> dict[str, float]:
-    """KV format → slope ratio of kvplan's kernels to bf16, at the largest batch; of ``shape`` if it was measured."""
+    """KV format → slope ratio of kvplan's kernels to bf16 on heads of ``shape``, at the largest batch measured."""
     from kvplan.measure.analysis import line_rows
 
-    mine = [sample for sample in run.samples if _shape(sample) == shape]
-    rows = line_rows(mine or run.samples, 1.0)
+    rows = line_rows([sample for sample in run.samples if _shape(sample) == shape and not sample.window_tokens], 1.0)
     found: dict[str, float] = {}
     for row in sorted(rows, key=lambda row: row.batch_size):
         if row.slope_ratio is not None:

@@ -104,6 +104,7 @@ def test_kernel_samples_of_other_heads_are_left_out_and_counted(run_folder: Path
     assert report.measured is not None
     assert report.measured.points == []
     assert any("kernel samples left out: of other heads" in note for note in report.measured.notes)
+    assert all(row.measured_slope_ratio is None for row in report.precisions), "other heads say nothing of these"
 
 
 def test_torn_lines_of_a_run_are_counted_and_its_folder_is_left_as_it_is(run_folder: Path, tmp_path: Path) -> None:
