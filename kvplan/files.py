@@ -29,4 +29,6 @@ def write_text(path: Path, text: str, force: bool) -> None:
             os.unlink(temporary)
             raise
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or type(error).__name__})") from error
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror or type(error).__name__})", code="cannot_write"
+        ) from error

@@ -41,9 +41,10 @@ def main() -> None:
     except BrokenPipeError:
         _drop_stdout()
         sys.exit(CLOSED_PIPE)
-    except OSError as error:  # files say so themselves; what is left is the disk under stdout
+    except OSError as error:  # files say so themselves; what is left and names no file is the disk under stdout
         _drop_stdout()
-        report_error(KvplanError(f"output cannot be written: {error.strerror or type(error).__name__}"))
+        what = "output cannot be written" if error.filename is None else str(error.filename)
+        report_error(KvplanError(f"{what}: {error.strerror or type(error).__name__}"))
         sys.exit(KvplanError.exit_code)
     except MemoryError:
         report_error(KvplanError("out of memory", hint="a smaller input, or one that ends"))

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from kvplan.errors import InputError, shorten
+from kvplan.files import write_text
 from kvplan.measure.backend import Environment
 from kvplan.measure.plan import MeasureRequest, request_from_dict
 from kvplan.samples import CorruptLine, Sample, append_record, append_sample, read_samples
@@ -52,7 +53,7 @@ class RunFolder:
         found = read_samples(self.samples_path)
         if found.corrupt:
             lines = [f"line {line.line_number}: {line.reason}: {line.text}" for line in found.corrupt]
-            _write(self.path / "corrupt.txt", "\n".join(lines) + "\n")
+            write_text(self.path / "corrupt.txt", "\n".join(lines) + "\n", force=True)
         return found.samples, found.corrupt
 
     def add_sample(self, sample: Sample) -> None:
@@ -81,7 +82,7 @@ class RunFolder:
 
     def write_report(self, text: str) -> None:
         """Write ``report.json``."""
-        _write(self.path / "report.json", text)
+        write_text(self.path / "report.json", text, force=True)
 
 
 def timestamp() -> str:
@@ -108,8 +109,12 @@ def create(path: Path, request: MeasureRequest, environment: Environment) -> Run
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be made ({error.strerror or type(error).__name__})") from error
-    _write(path / "environment.json", json.dumps({**environment.as_dict(), "time": timestamp()}, indent=2) + "\n")
-    _write(path / "request.json", json.dumps(request.as_dict(), indent=2) + "\n")
+    write_text(
+        path / "environment.json",
+        json.dumps({**environment.as_dict(), "time": timestamp()}, indent=2) + "\n",
+        force=True,
+    )
+    write_text(path / "request.json", json.dumps(request.as_dict(), indent=2) + "\n", force=True)
     return RunFolder(path)
 
 
@@ -155,12 +160,3 @@ def _read(path: Path, folder: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise InputError(f"{path}: not a JSON object", hint="start a new run without --resume")
     return data
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written ({error.strerror or type(error).__name__})", code="cannot_write"
-        ) from error
