@@ -224,5 +224,5 @@ def weight_format(name: str) -> WeightFormat:
     key = name.strip().lower()
     key = aliases.get(key, key)
     if key not in WEIGHT_FORMATS:
-        raise UnknownNameError("weight dtype", name, WEIGHT_FORMATS)
+        raise UnknownNameError("weight dtype", name, WEIGHT_FORMATS, hint=f"it may be {', '.join(WEIGHT_FORMATS)}")
     return WEIGHT_FORMATS[key]

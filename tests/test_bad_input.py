@@ -381,6 +381,12 @@ def test_an_unknown_name_in_a_list_is_a_slip_and_not_an_answer(kvplan_cli: Cli, 
     assert "closest: " in assert_one_line(kvplan_cli(command, "--model", "8b", "--ctx", "8k", *option.split()))
 
 
+@pytest.mark.parametrize("command", ["size", "itl", "report"])
+def test_an_unknown_weight_dtype_is_answered_with_those_there_are(kvplan_cli: Cli, command: str) -> None:
+    words = ["--model", "8b", "--gpu", "h100", "--ctx", "8k", "--weight-dtype", "foo"]
+    assert "fp8_block" in assert_one_line(kvplan_cli(command, *words))
+
+
 def test_a_model_in_python_may_be_a_path_object(tmp_path: Path) -> None:
     folder = Path(model_folder(tmp_path / "m", LLAMA))
     assert kvplan.size(model=folder).kv_cache.bytes_per_token == kvplan.size(model=str(folder)).kv_cache.bytes_per_token
