@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from kvplan.dtypes import kv_format
 from kvplan.errors import KvplanError
@@ -38,7 +40,7 @@ def _does_not_fit(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[A
     if answer.fits is not False:
         return
     memory, answers = answer.memory, answer.answers
-    remedy = _what_would_fit(setup, answer)
+    remedy = _what_would_fit(setup, plan, answer)
     if memory.kv_cache_bytes is not None and memory.kv_cache_bytes <= 0:
         yield Advice(
             code="weights_do_not_fit",
@@ -58,27 +60,37 @@ def _does_not_fit(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[A
     yield Advice(code="does_not_fit", message=f"KV is short by {short} per GPU{room}{remedy}")
 
 
-def _what_would_fit(setup: Setup, answer: SizePlan) -> str:
-    """The smallest larger TP, and the KV formats, under which the request fits."""
+def _what_would_fit(setup: Setup, plan: CachePlan, answer: SizePlan) -> str:
+    """DCP over the same GPUs, the smallest larger TP, and the KV formats, under which the request fits."""
     options = []
-    for tp in (2, 4, 8, 16):
-        if tp <= setup.options.tp_size:
-            continue
-        try:
-            other = set_up(replace(setup.request, tp_size=tp))
-            plan = cache_plan(other)
-        except KvplanError:
-            continue
-        available = budget_of(other, weights_of(other)).kv_bytes
-        if available is not None and _holds(other, plan, available):
-            options.append(f"--tp {tp}")
-            break
+    copies = _copies(plan)
+    if copies > 1 and _fits_with(setup, dcp_size=plan.dcp_size * copies):
+        options.append(f"--dcp {plan.dcp_size * copies}")
+    larger = (tp for tp in (2, 4, 8, 16) if tp > setup.options.tp_size and _fits_with(setup, tp_size=tp))
+    options += [f"--tp {tp}" for tp in itertools.islice(larger, 1)]
     available = answer.memory.kv_cache_bytes
     if available is not None and available > 0:
         rows = [row for row in answer.comparison if row.forbidden is None and (row.effective_gain or 0) > 1]
         held = [r.kv_cache_dtype for r in rows if (r.max_batch_at_context or 0) >= (setup.request.batch_size or 1)]
         options += [f"--kv-cache-dtype {name}" for name in held[:1]]
     return f"; it would fit with {' or '.join(options)}" if options else ""
+
+
+def _fits_with(setup: Setup, **fields: Any) -> bool:
+    """Whether the request fits with some of its fields changed."""
+    try:
+        other = set_up(replace(setup.request, **fields))
+        plan = cache_plan(other)
+    except KvplanError:
+        return False
+    available = budget_of(other, weights_of(other)).kv_bytes
+    return available is not None and _holds(other, plan, available)
+
+
+def _copies(plan: CachePlan) -> int:
+    """How many ranks store the same heads or latents."""
+    copies = min((run.page.num_copies for g in plan.groups for run in g.runs if run.page.kind != "state"), default=1)
+    return copies // plan.dcp_size
 
 
 def _holds(setup: Setup, plan: CachePlan, available_bytes: int) -> bool:
@@ -122,8 +134,7 @@ def _warnings(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[Advic
 
 def _replication(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[Advice]:
     """TP ranks that store the same heads or latents; what DCP would win."""
-    copies = min((run.page.num_copies for g in plan.groups for run in g.runs if run.page.kind != "state"), default=1)
-    copies //= plan.dcp_size
+    copies = _copies(plan)
     if copies < 2:
         return
     latent = bool(setup.model.cache_kinds & {"mla", "compressed"})

@@ -22,6 +22,9 @@ from kvplan.model_config import resolve_model
 
 HEAD_DIM = 128
 PLAIN_MODEL, LATENT_MODEL = "llama-3.1-8b", "deepseek-v3.2"
+CPU = "cpu-"
+"""How names of measured CPUs begin: a CPU is not a GPU, and its slopes are no engine's."""
+
 SIXTEEN_BITS = ("bfloat16", "float16")
 SLOPE_BATCH, SLOPE_CONTEXTS = 32, (16384, 65536)
 
@@ -116,7 +119,7 @@ def _taken_on(fmt: KvFormat, engine: str, latent: bool) -> tuple[str, ...]:
 def _engine_slopes() -> Iterator[tuple[str, EngineSlope]]:
     """(format, slope) from the attention calibrations: predicted times of two contexts, against the same in 16 bits."""
     for found in store.every():
-        if found.data.get("kind") != KIND:
+        if found.data.get("kind") != KIND or str(found.data.get("gpu")).startswith(CPU):
             continue
         calibration = attention_from_json(found.data, found.name, found.origin)
         base = next((name for name in SIXTEEN_BITS if name in found.data["kv_dtypes"]), None)

@@ -216,6 +216,16 @@ def test_check_ends_with_1_when_it_does_not_fit_and_the_answer_is_complete(kvpla
     assert kvplan_cli("size", "--model", "8b", "--gpu", "h100", "--ctx", "4k", "--check").code == 0
 
 
+def test_what_would_fit_on_the_same_gpus_comes_before_more_of_them(kvplan_cli: Cli) -> None:
+    """Four KV heads on eight ranks are stored twice; what DCP wins back is enough for 16 requests."""
+    question = ["size", "--model", "qwen3-235b-a22b", "--gpu", "h100", "--tp", "8", "--ctx", "32k", "--batch", "16"]
+    ran = kvplan_cli(*question, "--json")
+    advice = next(advice for advice in ran.json["advice"] if advice["code"] == "does_not_fit")
+    assert "it would fit with --dcp 2 or --tp 16 or --kv-cache-dtype fp8" in advice["message"]
+    assert ran.json["fits"] is False
+    assert kvplan_cli(*question, "--dcp", "2", "--json").json["fits"] is True
+
+
 def test_missing_hardware_ends_with_4(kvplan_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert "--gpu-memory 80GiB" in assert_one_line(kvplan_cli("size", "--model", "8b", "--gpu", "local"), 4)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 import kvplan
+from kvplan.calibration import store
 from kvplan.errors import UnsupportedError
 from kvplan.formats import FormatFacts, format_facts
 from kvplan.gpu import gpu_names
@@ -49,6 +53,17 @@ def test_measured_slopes_are_those_of_the_records_and_at_or_above_their_floor_bu
     assert slopes["bfloat16"].ratio == 1
     assert slopes["fp8"].ratio == pytest.approx(0.504, abs=0.001)  # docs/measured.md, batch 32
     assert all(slope.ratio > 0.98 * slope.floor and slope.device == "NVIDIA H200" for slope in slopes.values())
+
+
+def test_what_a_cpu_measured_is_no_slope_of_an_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shipped = next(found.data for found in store.every() if found.name == "attention-h200-vllm")
+    folder = tmp_path / "kvplan" / "calibrations"
+    folder.mkdir(parents=True)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    for gpu in ("cpu-amd-epyc", "h200"):
+        (folder / f"{gpu}-here.json").write_text(json.dumps({**shipped, "gpu": gpu}))
+    listed = {s.source for fact in format_facts() for s in fact.engine_slopes if "measured here" in s.source}
+    assert listed == {"calibration h200-here (measured here)"}
 
 
 def test_engine_slopes_come_from_calibrations_and_name_them(facts: dict[str, FormatFacts]) -> None:
