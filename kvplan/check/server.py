@@ -17,7 +17,7 @@ class Fact:
     """One reported value, in SI base units.
 
     Attributes:
-        value: bytes and tokens as int, seconds and shares as float, names as text.
+        value: bytes and tokens as int, seconds and shares as float, names as text, of which only what is printable.
         where: the line or metric it was read from.
         error: half a unit of the last printed digit, in the value's unit; 0 for exact values.
 
@@ -26,6 +26,10 @@ class Fact:
     value: Value
     where: str
     error: float = 0.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.value, str) and not self.value.isprintable():  # it goes to terminals
+            object.__setattr__(self, "value", shorten(self.value, len(self.value)))
 
     @property
     def number(self) -> float:

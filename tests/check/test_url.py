@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import re
 import time
@@ -20,6 +21,8 @@ from kvplan.check import fetch
 from kvplan.check.metrics import read_scrape, report_of
 from kvplan.check.result import CheckResult, Term
 from kvplan.errors import InputError, KvplanError, UnreachableError
+from kvplan.terminal.check_view import show_check
+from kvplan.terminal.plain import Page
 
 MODELS = json.dumps(
     {"object": "list", "data": [{"id": "chat", "root": "llama-3.1-8b", "max_model_len": 32768}]}
@@ -207,6 +210,16 @@ def test_a_password_in_the_address_is_used_and_never_shown() -> None:
         with pytest.raises(InputError, match="HTTP 401") as error:
             kvplan.check_url(url.replace("//", "//me:wrong@"), gpu="h100")
     assert "wrong" not in error.value.message
+
+
+def test_what_a_server_calls_itself_cannot_write_to_the_terminal() -> None:
+    version = Answer(json.dumps({"version": "0.11.0\x1b]0;x\x07"}).encode(), content_type="application/json")
+    metrics = vllm().replace(b'cache_dtype="auto"', b'cache_dtype="fp\x1b[31m8"')
+    result = check(server(metrics, **{"/version": version}), kv_cache_dtype="fp8")
+    shown = io.StringIO()
+    show_check(Page(shown), result)
+    assert "0.11.0?]0;x?" in shown.getvalue() and "fp?[31m8" in shown.getvalue()
+    assert not {"\x1b", "\x07"} & {*shown.getvalue()}
 
 
 def test_of_several_engines_the_batch_is_that_of_one_and_the_smallest_cache_counts() -> None:
