@@ -24,6 +24,7 @@ def advise(setup: Setup, plan: CachePlan, answer: SizePlan) -> tuple[Advice, ...
     found: list[Advice] = []
     for source in (
         _does_not_fit,
+        _budget,
         _beyond_model,
         _warnings,
         _replication,

@@ -44,11 +44,6 @@ class GpuSpec:
     facts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
-    def is_nvidia(self) -> bool:
-        """Whether CUDA rules apply."""
-        return self.vendor == "nvidia"
-
-    @property
     def sm(self) -> int | None:
         """Compute capability as an integer (90, 100, 120), or None."""
         text = self.architecture or ""

@@ -12,9 +12,6 @@ from kvplan.errors import InputError
 from kvplan.gpu import GpuSpec
 from kvplan.traffic import Number, Traffic
 
-DEFAULT_KV_EFFICIENCY = 0.75
-"""Share of peak bandwidth decode attention reads 16-bit KV at (assumed)."""
-
 DEFAULT_RELATIVE_EFFICIENCY = {16: 1.0, 8: 0.9, 4: 0.7, 3: 0.6}
 """Bandwidth reached by kernels that unpack n-bit KV, over the 16-bit kernel's (assumed)."""
 

@@ -510,3 +510,12 @@ def test_the_blocks_of_a_window_are_derived_with_their_numbers() -> None:
     window = next(formula for formula in rules.values() if formula.startswith("sliding: "))
     assert window == "sliding: ⌈min(1,024 + 16,384 in flight − 1, 32,768) / 16⌉ + 1 = 1,089"
     assert "full: ⌈32,768 / 16⌉ = 2,048" in rules.values()
+
+
+def test_kv_bytes_beyond_the_gpu_and_an_unknown_activation_peak_are_said() -> None:
+    """131.4 GiB of weights and 70 GiB of KV are 122 GiB more than an H100 has."""
+    given = kvplan.size(model="70b", gpu="h100", context_tokens=8192, kv_cache_memory_bytes=70 * GIB)
+    assert given.advice[0].code == "budget_beyond_gpu" and "by 122." in given.advice[0].message
+    flags = kvplan.size(num_layers=32, num_kv_heads=8, head_dim=128, num_parameters=8 * 10**9, gpu="h100",
+                        context_tokens=8192)  # fmt: skip
+    assert flags.advice[0].code == "activation_unknown"

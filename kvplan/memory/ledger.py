@@ -19,7 +19,6 @@ LABELS = {
     "unused": "blocks no further request fits in",
     "remainder": "bytes that make no whole block",
 }
-WASTE = tuple(name for name in LABELS if name not in ("live", "scales"))
 
 
 @dataclass(frozen=True)
@@ -33,11 +32,6 @@ class Ledger:
     context_tokens: int
     total_bytes: int
     lines: dict[str, int]
-
-    @property
-    def waste_bytes(self) -> int:
-        """Everything that is neither live nor scales."""
-        return sum(self.lines[name] for name in WASTE)
 
 
 def waste_ledger(plan: CachePlan, available_bytes: int, context_tokens: int, num_requests: int) -> Ledger:
