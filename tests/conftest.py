@@ -70,6 +70,7 @@ def kvplan_cli(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
             patch.setenv("COLUMNS", str(width))
             patch.setenv("TERMINAL_WIDTH", str(width))
             patch.setenv("NO_COLOR", "1")
+            patch.setenv("_TYPER_FORCE_DISABLE_TERMINAL", "1")  # what ``main`` makes of it, taken back afterwards
             for name, value in (env or {}).items():
                 patch.setenv(name, value)
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
