@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from kvplan.calibration.geometry import hardware_of
 from kvplan.calibration.priors import candidate_priors
 from kvplan.calibration.samples import Points, Refused, Row, read_points, read_rows, refuse_impossible
 from kvplan.calibration.schema import attention_from_json
+from kvplan.errors import InputError, shorten
 from kvplan.gpu import GpuSpec
 
 Array = NDArray[Any]
@@ -58,10 +59,11 @@ def calibrate_file(
     """The calibration document of a file of samples, and the points it was fitted from.
 
     Raises:
-        InputError: the file cannot be read, or a KV dtype has fewer than 8 usable samples.
+        InputError: the file cannot be read, its samples name another GPU, or a KV dtype has fewer than 8 usable ones.
 
     """
     _, rows = read_rows(samples)
+    _refuse_other_gpus(rows, gpu)
     points = refuse_impossible(read_points(rows), rows, gpu)
     sources = [{"name": "kvplan calibrate", "file": samples.name}]
     today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
@@ -70,6 +72,16 @@ def calibrate_file(
         calibrations=calibrations,
     )  # fmt: skip
     return document, points
+
+
+def _refuse_other_gpus(rows: Sequence[Row], gpu: GpuSpec) -> None:
+    environments = (row.values.get("environment") for row in rows)
+    named = {str(found["gpu"]) for found in environments if isinstance(found, Mapping) and found.get("gpu")}
+    if others := sorted(named - {gpu.name}):
+        raise InputError(
+            f"samples were taken on {shorten(', '.join(others), 60)}, not on {gpu.name}",
+            hint=f"--gpu {shorten(others[0], 40)}" if len(named) == 1 else "give the samples of one GPU",
+        )
 
 
 def calibrate_points(

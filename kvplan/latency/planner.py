@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from kvplan.errors import InputError, KvplanError
+from kvplan.errors import InputError, KvplanError, shorten
 from kvplan.latency.intervals import Interval, point_intervals
 from kvplan.latency.kv import attention_calibration, is_latent
 from kvplan.latency.load import load_state
@@ -43,6 +43,11 @@ def plan_cases(cases: Iterable[Mapping[str, Any]]) -> list[ItlPlan | KvplanError
     for number, case in enumerate(cases):
         answers.append(None)
         try:
+            if not isinstance(case, Mapping):
+                raise InputError(
+                    f"a case must be an object of request fields, not {shorten(case, 40)}",
+                    hint='like {"model": "70b", "gpu": "h200", "context_tokens": 32768, "batch_size": 16}',
+                )
             point = make_point(case)
             key = tuple([(name, type(value), value) for name, value in case.items() if name not in _POINTS])
             group = groups.get(key)

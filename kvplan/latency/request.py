@@ -163,9 +163,15 @@ def make_point(options: Mapping[str, Any]) -> Point:
             raise InputError(
                 f"a load needs {', '.join(missing)} too", hint="give input_tokens, output_tokens, concurrency"
             )
+        outputs = _context("output_tokens", load["output_tokens"])
+        if outputs == 1:
+            raise InputError(
+                "output_tokens 1 has no TPOT: it is the mean time of the tokens after the first",
+                hint="give 2 or more output tokens",
+            )
         return Point(
             input_tokens=_context("input_tokens", load["input_tokens"]),
-            output_tokens=_context("output_tokens", load["output_tokens"]),
+            output_tokens=outputs,
             concurrency=_requests("concurrency", load["concurrency"]),
             length_spread=spread,
             id=get("id"),

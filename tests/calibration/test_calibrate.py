@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvplan import profiles
 from kvplan.calibration import calibrate, priors, store
 from kvplan.calibration.attention import find_attention
 from kvplan.calibration.attention_fit import learn_dispatch
@@ -306,3 +307,11 @@ def test_calibrations_of_other_kernels_are_valid_and_explained(kvplan_cli):
     next(iter(broken["entries"].values()))["parameters"]["launch_s"]["value"] = -1.0
     with pytest.raises(ProfileError, match="launch_s"):
         check_other(broken, "x")
+
+
+def test_samples_that_name_another_gpu_are_refused() -> None:
+    """The H200's own records as those of an H100."""
+    records = profiles.ROOT / "measurements" / "h200-measure-2026-11-24.jsonl"
+    with pytest.raises(InputError, match="taken on h200, not on h100-sxm") as refused:
+        calibrate.calibrate_file(records, load_gpu("h100-sxm"), name="x")
+    assert refused.value.hint == "--gpu h200"

@@ -13,6 +13,7 @@ import pytest
 from support import Ran
 
 import kvplan
+from kvplan.errors import InputError, KvplanError
 from kvplan.latency.plan import DEFINITIONS
 from kvplan.terminal.plain import wrap
 from kvplan.terminal.plot import PlotLine, draw
@@ -255,3 +256,18 @@ def test_a_model_whose_weights_do_not_fit_has_no_line_to_quote(kvplan_cli: Calla
     assert "does not fit: weights and the engine's own memory exceed usable memory" in " ".join(ran.out.split())
     load = kvplan_cli("itl", "--model", "70b", "--gpu", "h100", "--isl", "2k", "--osl", "256", "--concurrency", "8")
     assert load.code == 0 and "does not fit" in load.out and "tok/s/GPU" in load.out and "of TPOT" not in load.out
+
+
+def test_what_is_no_request_has_its_error_in_its_place() -> None:
+    good = {"model": "8b", "gpu": "h200", "context_tokens": 4096, "batch_size": 4}
+    answers = kvplan.itl_cases([5, good, "abc", {**good, "context_tokens": [1]}])  # type: ignore[list-item]
+    assert [isinstance(answer, KvplanError) for answer in answers] == [True, False, True, True]
+    assert "must be an object of request fields, not 5" in str(answers[0])
+
+
+def test_one_output_token_has_no_tpot() -> None:
+    (answer,) = kvplan.itl_cases(
+        [{"model": "8b", "gpu": "h200", "input_tokens": 512, "output_tokens": 1, "concurrency": 2}]
+    )
+    assert isinstance(answer, InputError)
+    assert "no TPOT" in answer.message
