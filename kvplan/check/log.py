@@ -32,6 +32,8 @@ OUT_OF_MEMORY = "out of memory"
 GZIP = b"\x1f\x8b"
 CHUNK_BYTES = 2**21
 MAX_LINE_BYTES = 2**17
+MAX_WORDING_CHARS = 2048
+"""How far into a line its wording is looked for: patterns with several gaps take the cube of it at worst."""
 MAX_EVENTS = 100
 
 _PREFIX = re.compile(r"^(?:.*?\.(?:py|cpp):\d+\] |(?:\[[^\]]*\] ?)+)")
@@ -125,7 +127,8 @@ class _Reader:
         """Whole lines, the first of which has this number; while a server serves, only few are looked for."""
         quiet = self.serving and not any(words.encode() in chunk for words in NEW_START)
         for at, text in _candidates(chunk, number, (OUT_OF_MEMORY.encode(),) if quiet else NEEDLES):
-            self.line(at, text)
+            for part in text.split("\r"):  # what a progress bar wrote over
+                self.line(at, part)
 
     def line(self, number: int, text: str) -> None:
         if any(words in text for words in REQUESTS):
@@ -140,7 +143,7 @@ class _Reader:
                 self.engines[engine] += 1
                 self._settings(text, engine, f"line {number:,}")
         for line in LINES:
-            match = line.pattern.search(text)
+            match = line.pattern.search(text, 0, MAX_WORDING_CHARS)
             if match is None or (self.serving and line.event != "out_of_memory"):
                 continue
             if line.engine is not None:

@@ -235,6 +235,26 @@ def test_a_log_without_a_known_line_says_what_was_looked_for() -> None:
         read(b"")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "total_gpu_memory=1GiB" * 3000 + "kv_cache_size=1GiB" * 3000,
+        "model weights take 1GiB; non_torch_memory takes 1GiB; PyTorch activation peak memory takes 1GiB; " * 1200,
+        "max seq len (1) 1GiB KV cache is needed" * 3000,
+        "Load weight end." * 7000,
+    ],
+)
+def test_a_line_made_to_match_in_too_many_ways_is_done_with_at_once(text: str) -> None:
+    began = time.monotonic()
+    assert read(f"{text} GiB\n" * 5 + V1_2025).facts.keys() == read(V1_2025).facts.keys()
+    assert time.monotonic() - began < 5
+
+
+def test_a_progress_bar_of_any_length_hides_no_line() -> None:
+    bar = "".join(f"Capturing CUDA graphs: {n}%|{'#' * n}\r" for n in range(100))
+    assert read(bar + V1_2025).facts.keys() == read(V1_2025).facts.keys()
+
+
 def test_a_line_without_an_end_is_read_in_constant_memory() -> None:
     report = read(b"x" * (5 * 2**20) + b"\n" + V1_2025.encode())
     assert report.facts["kv_cache_bytes"].where.startswith("line 6:")
