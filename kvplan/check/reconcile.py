@@ -29,7 +29,7 @@ def reconcile(report: ServerReport, given: Mapping[str, Any], tolerance: float =
 
     """
     if not 0 < tolerance < 1:
-        raise InputError(f"a tolerance of {tolerance:g} makes no sense", hint="0.05 allows 5%")
+        raise InputError(f"a tolerance of {tolerance:.0%} makes no sense", hint="--tolerance 5 allows 5%")
     basis = basis_of(report, given)
     plan = plan_of(basis)
     terms = all_terms(report, basis, plan, tolerance)

@@ -50,7 +50,7 @@ Scenario = Annotated[
 ]
 Tolerance = Annotated[
     float,
-    typer.Option("--tolerance", help="Relative difference of memory and latency allowed.", rich_help_panel=PLANNED),
+    typer.Option("--tolerance", help="Difference of memory and latency allowed, in %.", rich_help_panel=PLANNED),
 ]
 
 
@@ -86,7 +86,7 @@ def check_command(
     engine_version: options.EngineVersion = None,
     max_model_len: options.MaxModelLen = None,
     utilization: options.MemoryFraction = None,
-    tolerance: Tolerance = 0.05,
+    tolerance: Tolerance = 5.0,
     as_json: options.Json = False,
 ) -> None:
     """Hold a plan against a server that runs: what drifted, why, and what to change.
@@ -118,10 +118,10 @@ def check_command(
     }
     given = _scenario(scenario) | {name: value for name, value in flags.items() if value is not None}
     if log is not None:
-        result = check_log(log, tolerance=tolerance, **given)
+        result = check_log(log, tolerance=tolerance / 100, **given)
     else:
         token = os.environ.get("KVPLAN_API_KEY")
-        result = check_url(url or "", tolerance=tolerance, seconds=seconds, timeout_s=timeout, ca_file=ca_file,
+        result = check_url(url or "", tolerance=tolerance / 100, seconds=seconds, timeout_s=timeout, ca_file=ca_file,
                            token=token, **given)  # fmt: skip
     if as_json:
         sys.stdout.write(result.to_json(indent=2) + "\n")

@@ -296,7 +296,7 @@ def test_the_command_ends_with_the_documented_exit_codes(kvplan_cli: Callable[..
     assert drifted.err == "error: the server drifted from the plan: blocks\n"
     assert kvplan_cli("check", "--url", url, "--gpu", "h100").code == 4
     for words in (["check"], ["check", "--url", url, "--log", "x"], ["check", "--log", str(tmp_path / "absent.log")],
-                  ["check", "--log", str(tmp_path)], ["check", "--url", url, "--tolerance", "7"]):  # fmt: skip
+                  ["check", "--log", str(tmp_path)], ["check", "--url", url, "--tolerance", "700"]):  # fmt: skip
         wrong = kvplan_cli(*words)
         assert wrong.code in (2, 4) and wrong.err.count("\n") == 1 and wrong.out == "", wrong
 
