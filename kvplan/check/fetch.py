@@ -80,6 +80,8 @@ class Server:
             raise UnreachableError(f"{url}: no answer in time", hint="is the server still starting?") from error
         except httpx.HTTPError as error:
             raise _plain(url, error) from error
+        except UnicodeError as error:  # a host name that is none
+            raise InputError(f"{url}: redirects to no address") from error
 
     async def json_object(self, path: str) -> Mapping[str, Any]:
         """The JSON object at ``path``; empty where the server has none there.
@@ -101,7 +103,7 @@ class Server:
             found = await self._get(url)
             if isinstance(found, str):
                 return found
-            if (found.host, found.port, found.scheme) != (url.host, url.port, url.scheme):
+            if (found.raw_host, found.port, found.scheme) != (url.raw_host, url.port, url.scheme):
                 raise InputError(f"{url}: redirects to {shorten(str(found), 80)}",
                                  hint="give that address yourself if you trust it")  # fmt: skip
             url = found
@@ -135,6 +137,8 @@ def _base(text: str) -> httpx.URL:
     """The server's address, whichever of its pages was given."""
     try:
         url = httpx.URL(text if "//" in text else f"http://{text}")
+        if not 0 < (url.port or 80) <= 65535 or not url.host.isprintable():  # the host is decoded here
+            raise ValueError
     except (httpx.InvalidURL, ValueError) as error:
         raise InputError(f"--url {shorten(text)!r} is not an address", hint="write http://host:8000") from error
     if url.scheme not in ("http", "https") or not url.host:

@@ -174,6 +174,8 @@ def test_any_page_of_the_server_leads_to_it(path: str) -> None:
             Answer(b"", 302, headers={"Location": "http://example.invalid/metrics"}),
             "redirects to http://example.invalid",
         ),
+        (Answer(b"", 302, headers={"Location": "http://xn--/metrics"}), "redirects to no address"),
+        (Answer(b"", 302, headers={"Location": "http://127.0.0.1:99999/"}), "redirects to http://127.0.0.1:99999"),
         (Answer(b"", 302, headers={"Location": "/metrics"}), "redirects more than 3 times"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -261,7 +263,10 @@ def test_a_server_that_is_not_there_is_exit_4() -> None:
     assert error.value.exit_code == 4
 
 
-@pytest.mark.parametrize("url", ["ftp://host", "http://", "http://host:99999999", "not an address at all", ""])
+@pytest.mark.parametrize(
+    "url",
+    ["ftp://host", "http://", "http://host:99999999", "http://host:65536", "http://xn--", "not an address at all", ""],
+)
 def test_what_is_no_address_is_said(url: str) -> None:
     with pytest.raises(KvplanError) as error:
         kvplan.check_url(url, gpu="h100")
