@@ -49,6 +49,14 @@ def _does_not_fit(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[A
             f"per GPU before any KV{remedy or '; use more GPUs or smaller weights (--weight-dtype)'}",
         )
         return
+    if answer.too_long_tokens is not None:
+        longest, most = answer.too_long_tokens, answers.max_context_at_batch_tokens or answers.context_tokens
+        yield Advice(
+            code="does_not_fit",
+            message=f"the engine refuses to start: its longest request, {format_tokens(longest)} tokens, is more than "
+            f"the KV memory holds; --max-model-len {most} would do{remedy}",
+        )
+        return
     parts = []
     if answers.max_batch_at_context:
         held = format_count(answers.max_batch_at_context, "request")

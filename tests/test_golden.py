@@ -519,3 +519,17 @@ def test_kv_bytes_beyond_the_gpu_and_an_unknown_activation_peak_are_said() -> No
     flags = kvplan.size(num_layers=32, num_kv_heads=8, head_dim=128, num_parameters=8 * 10**9, gpu="h100",
                         context_tokens=8192)  # fmt: skip
     assert flags.advice[0].code == "activation_unknown"
+
+
+def test_a_longest_request_that_keeps_the_engine_from_starting_is_said_to_be_what_does() -> None:
+    """3 requests of 8k fit an L4 (3.92 GiB of KV, 128 KiB a token); one of 128k, which vLLM checks, needs 16 GiB."""
+    asked = {"model": "8b", "gpu": "l4", "context_tokens": 8192}
+    plan = kvplan.size(**asked, max_model_len_tokens=131072)
+    assert plan.fits is False and plan.answers.kv_short_bytes_per_gpu == 0 and plan.too_long_tokens == 131072
+    longest = plan.answers.max_context_at_batch_tokens
+    assert f"--max-model-len {longest} would do" in plan.advice[0].message
+    assert kvplan.size(**asked, max_model_len_tokens=longest).fits
+    headline = kvplan.report(**asked, max_model_len_tokens=131072).answers.headline
+    assert headline.startswith("No: vllm does not start, for its longest request, 131,072 tokens, does not fit")
+    short = kvplan.size(**asked, batch_size=4, max_model_len_tokens=131072)
+    assert short.fits is False and short.too_long_tokens is None

@@ -47,7 +47,7 @@ def answers_of(plans: Plans, deployment: Deployment) -> Answers:
     if line is not None:
         now = _latency("now", plans, line.served, deployment.num_users or 1) if fits else None
         limit = _latency("limit", plans, line.served, plans.held) if plans.held else None
-    headline = words.headline(deployment, fits, plans.held, kv_bytes)
+    headline = words.headline(deployment, fits, plans.held, kv_bytes, plans.size.too_long_tokens)
     answers = Answers(
         fits=fits and refusal is None,
         headline=headline if refusal is None else f"No: {refusal}.",

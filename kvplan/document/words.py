@@ -20,13 +20,16 @@ def hardware(deployment: Deployment) -> str:
     return f"{deployment.num_gpus} × {deployment.gpu_name} ({deployment.layout})"
 
 
-def headline(deployment: Deployment, fits: bool, max_users: int, kv_bytes: int) -> str:
-    """Yes or no, who, how long, on what."""
+def headline(deployment: Deployment, fits: bool, max_users: int, kv_bytes: int, too_long_tokens: int | None) -> str:
+    """Yes or no, who, how long, on what; ``too_long_tokens`` is the longest request when that alone does not fit."""
     d = deployment
     at = f"{format_tokens(d.context_tokens)} tokens"
     on = f"on {hardware(d)} with {d.kv_cache_dtype} KV"
     if kv_bytes <= 0:
         return f"No: the weights of {d.model} leave no memory for KV on {hardware(d)}."
+    if too_long_tokens is not None:
+        longest = format_tokens(too_long_tokens)
+        return f"No: {d.engine} does not start, for its longest request, {longest} tokens, does not fit {on}."
     if not fits and max_users == 0:
         return f"No: not one user at {at} fits {on}."
     if not fits:

@@ -200,6 +200,12 @@ class SizePlan:
     rules: tuple[Rule, ...] = ()
     schema_version: int = SCHEMA_VERSION
 
+    @property
+    def too_long_tokens(self) -> int | None:
+        """The longest request, where the engine refuses to start for it though the requests asked for fit."""
+        held = (self.answers.max_batch_at_context or 0) >= (self.answers.batch_size or 1)
+        return self.request.max_model_len_tokens if self.fits is False and held else None
+
     def as_dict(self) -> dict[str, Any]:
         """Plain dicts and lists, ready for JSON; the keys are the JSON contract."""
         result: dict[str, Any] = _plain(self)

@@ -104,6 +104,9 @@ def _verdict(console: Console, plan: SizePlan) -> None:
         _line(console, f"FITS: {what}, with {format_gib(free)} of KV to spare on each GPU", "bold green")
     elif (plan.memory.kv_cache_bytes or 0) <= 0:
         _line(console, "DOES NOT FIT: no memory is left for KV", "bold red")
+    elif plan.too_long_tokens is not None:
+        longest = format_tokens(plan.too_long_tokens)
+        _line(console, f"DOES NOT FIT: {what} would, the longest request of {longest} tokens does not", "bold red")
     else:
         verb = "lack" if many else "lacks"
         short = format_gib(answers.kv_short_bytes_per_gpu)
