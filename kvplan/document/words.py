@@ -74,7 +74,7 @@ def _capacity(deployment: Deployment, answers: Answers) -> str:
     rules = f"{deployment.engine} {deployment.engine_version}, {exact} rules"
     if (answers.kv_cache_bytes or 0) <= 0:
         return f"Weights and the engine's own memory need more than each GPU offers ({rules})."
-    text = f"The KV cache of {format_gib(answers.kv_cache_bytes)} a GPU holds {users(answers.max_users)} at "
+    text = f"The KV cache, {format_gib(answers.kv_cache_bytes)} on each GPU, holds {users(answers.max_users)} at "
     text += f"{format_tokens(deployment.context_tokens)} tokens"
     asked = deployment.num_users or 1
     if answers.max_context_tokens is None:
