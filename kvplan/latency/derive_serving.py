@@ -1,4 +1,4 @@
-"""Derive the serving calibration and its report: ``python -m kvplan.latency.derive_serving --data ../shared/data``.
+"""Derive the serving calibration and its report: ``python -m kvplan.latency.derive_serving --data DIR``.
 
 Writes ``profiles/calibrations/serving.json`` and ``docs/accuracy.md``. The table is NVIDIA AIConfigurator's public list
 of measured deployments (Apache-2.0); only what was fitted on it is kept.
