@@ -69,7 +69,6 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter("residual", 1.0, 1e-6, "everything else; only deployments wider than a node have it"),
 )
 NAMES = tuple(parameter.name for parameter in PARAMETERS)
-PRIORS = {parameter.name: parameter.prior_log for parameter in PARAMETERS}
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvplan.traffic import Floats, Number, touched_share
+from kvplan.traffic import Number, touched_share
 
 PREFILL_STEP_TOKENS = 8192
 """Prompt tokens one step takes; the usual chunked-prefill budget."""
@@ -174,8 +174,3 @@ def slope_s_per_token(parameters: Mapping[str, Number], kv_slope_s: Number) -> N
     scale = np.exp(parameters["residual"] - parameters["accepted"])
     slope: Number = kv_slope_s / stream_share(parameters["kv_stream"]) * scale
     return slope
-
-
-def as_floats(values: object) -> Floats:
-    """Numbers as a float array."""
-    return np.asarray(values, dtype=np.float64)
