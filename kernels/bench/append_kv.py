@@ -71,8 +71,5 @@ def measure(cell: AppendCell, *, layers: int = 8, device: str = "cuda", samples:
         "kind": "append_kv",
         **asdict(cell),
         "layers": layers,
-        "time_s": timing.median_s,
-        "p10_s": timing.p10_s,
-        "p90_s": timing.p90_s,
-        "sm_clock_hz": timing.sm_clock_hz,
+        **timing.record(),
     }

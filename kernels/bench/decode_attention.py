@@ -50,7 +50,12 @@ class DecodeCell:
 
 
 def build(cell: DecodeCell, seq_lens: tuple[int, ...], layers: int, device: str, seed: int):
-    """(plan, caches, queries, sinks) for `cell`'s family at `seq_lens`: `layers` disjoint random caches."""
+    """(plan, caches, queries, sinks) for `cell`'s family at `seq_lens`: `layers` disjoint random caches.
+
+    Memory is handed back to the driver first: carved out of a larger freed block, a cache of 1 GB has read 12% slower.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
     caches = random_caches(
         list(seq_lens),
         kv_dtype=cell.kv_dtype,
@@ -99,12 +104,7 @@ def graph_repeats(read_bytes: int, device: str) -> int:
 def measure(
     cell: DecodeCell, *, layers: int = 2, device: str = "cuda", samples: int = 30, warmup: int = 8, seed: int = 0
 ) -> dict:
-    """Time `cell` over `layers` disjoint caches in one graph: a record in SI units with the compiled kernel's facts.
-
-    Memory is handed back to the driver first: carved out of a larger freed block, a cache of 1 GB has read 12% slower.
-    """
-    if torch.device(device).type == "cuda":
-        torch.cuda.empty_cache()
+    """Time `cell` over `layers` disjoint caches in one graph: a record in SI units with the compiled kernel's facts."""
     plan, caches, q, _ = build(cell, cell.seq_lens, layers, device, seed)
     outs = [torch.empty_like(q) for _ in caches]
 
@@ -122,13 +122,7 @@ def measure(
         "num_chunks": plan.num_chunks,
         "layers": layers,
         "graph_repeats": graph_repeats(read * layers, device),
-        "read_bytes": read,
-        "time_s": timing.median_s,
-        "p10_s": timing.p10_s,
-        "p90_s": timing.p90_s,
-        "samples": timing.samples,
-        "bytes_per_s": read / timing.median_s,
-        "sm_clock_hz": timing.sm_clock_hz,
+        **timing.record(read),
         "registers": facts.get("registers"),
         "spills": facts.get("spills"),
         "shared_bytes": facts.get("shared_bytes"),

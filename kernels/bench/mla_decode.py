@@ -69,12 +69,7 @@ def measure(cell: MlaCell, *, layers: int = 2, device: str = "cuda", samples: in
         "config": asdict(plan.config),
         "num_chunks": plan.num_chunks,
         "layers": layers,
-        "read_bytes": read,
-        "time_s": timing.median_s,
-        "p10_s": timing.p10_s,
-        "p90_s": timing.p90_s,
-        "bytes_per_s": read / timing.median_s,
-        "sm_clock_hz": timing.sm_clock_hz,
+        **timing.record(read),
         "registers": plan.facts.registers if plan.facts else None,
         "spills": plan.facts.spills if plan.facts else None,
     }

@@ -152,8 +152,6 @@ def measure(
         raise ImportError(reason)
     if reason := unsupported(name, cell):
         raise ValueError(reason)
-    if torch.device(device).type == "cuda":
-        torch.cuda.empty_cache()
     peer = PEERS[name](device)
     small = replace(cell, seq_lens=GATE_LENGTHS)
     _, (cache,), q, _ = build(small, small.seq_lens, 1, device, seed)
@@ -173,12 +171,6 @@ def measure(
         "version": peer.version,
         **asdict(cell),
         "layers": layers,
-        "read_bytes": read,
-        "time_s": timing.median_s,
-        "p10_s": timing.p10_s,
-        "p90_s": timing.p90_s,
-        "samples": timing.samples,
-        "bytes_per_s": read / timing.median_s,
-        "sm_clock_hz": timing.sm_clock_hz,
+        **timing.record(read),
         "error": error,
     }

@@ -33,12 +33,7 @@ def measure(
         records.append(
             {
                 "kind": "read_roofline",
-                "read_bytes": words * 4,
-                "time_s": times[best].median_s,
-                "p10_s": times[best].p10_s,
-                "p90_s": times[best].p90_s,
-                "bytes_per_s": words * 4 / times[best].median_s,
-                "sm_clock_hz": times[best].sm_clock_hz,
+                **times[best].record(words * 4),
                 "config": str(best),
                 "all_times_s": {str(c): t.median_s for c, t in times.items()},
             }

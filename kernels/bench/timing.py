@@ -18,6 +18,19 @@ class Timing:
     samples: int
     sm_clock_hz: float | None
 
+    def record(self, read_bytes: int | None = None) -> dict:
+        """The fields of a benchmark's record, with the bytes a call reads and their rate where it reads any."""
+        found = {
+            "time_s": self.median_s,
+            "p10_s": self.p10_s,
+            "p90_s": self.p90_s,
+            "samples": self.samples,
+            "sm_clock_hz": self.sm_clock_hz,
+        }
+        if read_bytes is not None:
+            found |= {"read_bytes": read_bytes, "bytes_per_s": read_bytes / self.median_s}
+        return found
+
 
 def sm_clock_hz() -> float | None:
     """The SM clock now; None where the driver does not tell."""
