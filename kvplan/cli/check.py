@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from kvplan.cli import complete, options
+from kvplan.cli.lists import size_bytes, tokens
 from kvplan.errors import InputError, OutOfTolerance
-from kvplan.units import parse_bytes, parse_tokens
 
 SERVER = "The server"
 PLANNED = "What was planned"
@@ -104,16 +104,16 @@ def check_command(
     flags: dict[str, Any] = {
         "model": model,
         "gpu": gpu,
-        "gpu_memory_bytes": None if gpu_memory is None else parse_bytes(gpu_memory, "--gpu-memory"),
+        "gpu_memory_bytes": size_bytes(gpu_memory, "--gpu-memory"),
         "tp_size": tp,
         "pp_size": pp,
         "dp_size": dp,
         "kv_cache_dtype": kv_cache_dtype,
         "weight_dtype": weight_dtype,
-        "context_tokens": None if ctx is None else parse_tokens(ctx, "--ctx"),
+        "context_tokens": tokens(ctx, "--ctx"),
         "batch_size": batch,
         "engine_version": engine_version,
-        "max_model_len_tokens": None if max_model_len is None else parse_tokens(max_model_len, "--max-model-len"),
+        "max_model_len_tokens": tokens(max_model_len, "--max-model-len"),
         "gpu_memory_utilization": utilization,
     }
     given = _scenario(scenario) | {name: value for name, value in flags.items() if value is not None}

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvplan.cli import complete, options
-from kvplan.cli.lists import counts, words
+from kvplan.cli.lists import counts, size_bytes, words
 from kvplan.cli.stated import refuse_beside_cases
 from kvplan.errors import InputError, KvplanError, UnknownNameError, shorten
-from kvplan.units import parse_bytes, parse_tokens
+from kvplan.units import parse_tokens
 
 if TYPE_CHECKING:
     from kvplan.latency.lines import ItlLine
@@ -123,9 +123,7 @@ def itl_command(
         "block_size_tokens": block_size,
         "calibration": calibration,
         "gpu_memory_utilization": utilization,
-        "kv_cache_memory_bytes": None
-        if kv_cache_memory is None
-        else parse_bytes(kv_cache_memory, "--kv-cache-memory-bytes"),
+        "kv_cache_memory_bytes": size_bytes(kv_cache_memory, "--kv-cache-memory-bytes"),
     }
     lists: dict[str, list[Any]] = {
         "gpu": words(gpu),

@@ -1,8 +1,9 @@
-"""Options that hold lists: words and counts between commas."""
+"""Values of options: words and counts between commas, and token counts and sizes that may be left out."""
 
 from __future__ import annotations
 
 from kvplan.errors import InputError, shorten
+from kvplan.units import parse_bytes, parse_tokens
 
 MOST = 2**30
 
@@ -43,3 +44,25 @@ def counts(text: str, flag: str, most: int = MOST) -> list[int]:
     if not found:
         raise InputError(f"{flag} has no value", hint=f"write {flag} 4")
     return found
+
+
+def tokens(text: str | None, flag: str) -> int | None:
+    """Tokens of ``32k`` and the like; None where the option is not given.
+
+    Raises:
+        InputError: not a count of tokens.
+
+    """
+    return None if text is None else parse_tokens(text, flag)
+
+
+def size_bytes(text: str | None, flag: str, zero: bool = False) -> int | None:
+    """Bytes of ``80GiB`` and the like, nothing too where ``zero`` allows it; None where the option is not given.
+
+    Raises:
+        InputError: not a size.
+
+    """
+    if text is None:
+        return None
+    return 0 if zero and text.strip() in ("0", "0GiB") else parse_bytes(text, flag)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvplan.cli import complete, options
+from kvplan.cli.lists import size_bytes, tokens
 from kvplan.errors import AnswerIsNo, InputError, shorten
-from kvplan.units import format_bytes, format_count, parse_bytes, parse_tokens
+from kvplan.units import format_bytes, format_count
 
 if TYPE_CHECKING:
     from kvplan.document.schema import Fleet, FleetEntry
@@ -161,13 +162,13 @@ def report_command(
     """
     request: dict[str, Any] = {
         "model": model,
-        "context_tokens": None if ctx is None else parse_tokens(ctx, "--ctx"),
+        "context_tokens": tokens(ctx, "--ctx"),
         "concurrency": users,
         "kv_cache_dtype": kv_cache_dtype,
         "compare": compare,
         "weight_dtype": weight_dtype,
         "gpu": gpu,
-        "gpu_memory_bytes": None if gpu_memory is None else parse_bytes(gpu_memory, "--gpu-memory"),
+        "gpu_memory_bytes": size_bytes(gpu_memory, "--gpu-memory"),
         "tp_size": tp,
         "pp_size": pp,
         "dp_size": dp,
@@ -176,18 +177,14 @@ def report_command(
         "engine": engine,
         "engine_version": engine_version,
         "block_size_tokens": block_size,
-        "max_model_len_tokens": None if max_model_len is None else parse_tokens(max_model_len, "--max-model-len"),
+        "max_model_len_tokens": tokens(max_model_len, "--max-model-len"),
         "max_num_seqs": max_num_seqs,
-        "max_num_batched_tokens": None
-        if max_num_batched_tokens is None
-        else parse_tokens(max_num_batched_tokens, "--max-num-batched-tokens"),
+        "max_num_batched_tokens": tokens(max_num_batched_tokens, "--max-num-batched-tokens"),
         "enable_prefix_caching": prefix_caching,
         "gpu_memory_utilization": utilization,
-        "kv_cache_memory_bytes": None
-        if kv_cache_memory is None
-        else parse_bytes(kv_cache_memory, "--kv-cache-memory-bytes"),
-        "input_tokens": None if isl is None else parse_tokens(isl, "--isl"),
-        "output_tokens": None if osl is None else parse_tokens(osl, "--osl"),
+        "kv_cache_memory_bytes": size_bytes(kv_cache_memory, "--kv-cache-memory-bytes"),
+        "input_tokens": tokens(isl, "--isl"),
+        "output_tokens": tokens(osl, "--osl"),
         "calibration": calibration,
         "measured": measured,
         "name": name,

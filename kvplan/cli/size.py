@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from kvplan.cli import options
-from kvplan.cli.lists import counts, named
+from kvplan.cli.lists import counts, named, size_bytes, tokens
 from kvplan.cli.stated import refuse_beside_cases, stated
 from kvplan.errors import AnswerIsNo, InputError, KvplanError, UnknownNameError, shorten
-from kvplan.units import parse_bytes, parse_tokens
 
 if TYPE_CHECKING:
     from kvplan.memory.plan import SizePlan
@@ -83,26 +82,26 @@ def size_command(
     fixed: dict[str, Any] = {
         "model": model,
         "weight_dtype": weight_dtype,
-        "gpu_memory_bytes": _bytes(gpu_memory, "--gpu-memory"),
+        "gpu_memory_bytes": size_bytes(gpu_memory, "--gpu-memory"),
         "ep": ep,
         "engine": engine,
         "engine_version": engine_version,
         "block_size_tokens": block_size,
-        "max_model_len_tokens": _tokens(max_model_len, "--max-model-len"),
+        "max_model_len_tokens": tokens(max_model_len, "--max-model-len"),
         "max_num_seqs": max_num_seqs,
-        "max_num_batched_tokens": _tokens(max_num_batched_tokens, "--max-num-batched-tokens"),
+        "max_num_batched_tokens": tokens(max_num_batched_tokens, "--max-num-batched-tokens"),
         "enable_prefix_caching": prefix_caching,
         "gpu_memory_utilization": utilization,
-        "kv_cache_memory_bytes": _bytes(kv_cache_memory, "--kv-cache-memory-bytes"),
-        "weights_bytes": _bytes(weights_memory, "--weights-memory"),
-        "activation_bytes": _bytes(activation_memory, "--activation-memory", zero=True),
-        "graph_bytes": _bytes(graph_memory, "--graph-memory", zero=True),
-        "overhead_bytes": _bytes(overhead_memory, "--overhead-memory", zero=True),
+        "kv_cache_memory_bytes": size_bytes(kv_cache_memory, "--kv-cache-memory-bytes"),
+        "weights_bytes": size_bytes(weights_memory, "--weights-memory"),
+        "activation_bytes": size_bytes(activation_memory, "--activation-memory", zero=True),
+        "graph_bytes": size_bytes(graph_memory, "--graph-memory", zero=True),
+        "overhead_bytes": size_bytes(overhead_memory, "--overhead-memory", zero=True),
         "num_layers": layers,
         "num_kv_heads": kv_heads,
         "head_dim": head_dim,
         "num_parameters": _parameters(params),
-        "window_tokens": _tokens(window, "--window"),
+        "window_tokens": tokens(window, "--window"),
     }
     lists: dict[str, list[Any]] = {
         "gpu": named(gpu, "--gpu"),
@@ -111,7 +110,7 @@ def size_command(
         "dp_size": counts(dp, "--dp"),
         "dcp_size": counts(dcp, "--dcp"),
         "kv_cache_dtype": named(kv_cache_dtype, "--kv-cache-dtype"),
-        "context_tokens": [_tokens(text, "--ctx") for text in named(ctx, "--ctx")],
+        "context_tokens": [tokens(text, "--ctx") for text in named(ctx, "--ctx")],
         "batch_size": [] if batch is None else counts(batch, "--batch"),
     }
     planner = _planner(from_log, context, fixed, lists)
@@ -190,16 +189,6 @@ def _sweep(planner: Planner, fixed: dict[str, Any], lists: dict[str, list[Any]],
         show_sweep(make_console(), plans, varied, [(chosen, error.message) for chosen, error in failures])
     if check and (failures or not all(plan.fits for plan in plans)):
         raise AnswerIsNo("not every combination fits")
-
-
-def _tokens(text: str | None, flag: str) -> int | None:
-    return None if text is None else parse_tokens(text, flag)
-
-
-def _bytes(text: str | None, flag: str, zero: bool = False) -> int | None:
-    if text is None:
-        return None
-    return 0 if zero and text.strip() in ("0", "0GiB") else parse_bytes(text, flag)
 
 
 def _parameters(text: str | None) -> int | None:
