@@ -1,6 +1,6 @@
-"""Ahead-of-time checks without a GPU: compile the decode kernel for an architecture and read its machine code.
+"""Ahead-of-time checks without a GPU: compile the decode kernels for an architecture and read their machine code.
 
-`python -m kvplan.kernels.aot usual|shipped ARCH...` prints one JSON object a configuration: registers, spills,
+`python -m kvplan.kernels.aot usual|shipped|latent ARCH...` prints one JSON object a configuration: registers, spills,
 asynchronous copies and their width, warp-instructions of the main loop per KB of KV. Triton's wheel carries ptxas,
 cuobjdump and nvdisasm.
 """
@@ -18,11 +18,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .configs import Config, decode_configs
+from .configs import Config, decode_configs, mla_config
 from .decode_attention.kernel import attend
 from .decode_attention.kernel4 import attend4
 from .decode_attention.plan import SCALE_CODES, join_stages, split_head_dim
 from .formats import FOUR_BIT_HEAD_DIMS, HEAD_DIMS, kv_format
+from .latent_cache import ROW_BYTES
+from .mla_decode import FORMAT_CODES, attend_latent
 from .unpack import BITS, PTX
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -63,7 +65,7 @@ def _signature(case: DecodeCase) -> tuple[dict, dict, dict]:
         "SOFT_CAP": case.soft_cap,
         "WINDOW": case.window,
         "SINKS": case.sinks,
-        "BATCH": 64,
+        "BATCH": 32,
         "UNPACK": PTX if case.arch >= 89 else BITS,
         "EXACT_DOT": False,
         "HEADS_TOGETHER": False,
@@ -101,14 +103,39 @@ def _kernel(case: DecodeCase) -> object:
 
 def compile_case(case: DecodeCase) -> object:
     """Triton's compiled kernel for `case`; needs no GPU."""
-    signature, constants, aligned = _signature(case)
-    source = ASTSource(fn=_kernel(case), signature=signature, constexprs=constants, attrs=aligned)
-    options = {
-        "num_warps": case.config.num_warps,
-        "num_stages": case.config.num_stages,
-        "maxnreg": case.config.max_registers,
+    return _compile(_kernel(case), *_signature(case), case.arch, case.config)
+
+
+def _compile(kernel: object, signature: dict, constants: dict, aligned: dict, arch: int, config: Config) -> object:
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "maxnreg": config.max_registers}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def compile_latent(arch: int, kv_dtype: str, num_heads: int) -> object:
+    """Triton's compiled latent kernel with `num_heads` query heads a program; needs no GPU."""
+    config = mla_config(arch, 16 if kv_dtype == "bf16" else 8, num_heads)
+    constants = {
+        "HEAD_BLOCKS": 1,
+        "HEADS": num_heads,
+        "HP": num_heads,
+        "ROW": ROW_BYTES[kv_dtype] // 2,
+        "PAGE": 64,
+        "BLOCK_N": config.block_n,
+        "STAGES": config.num_stages,
+        "FORMAT": FORMAT_CODES[kv_dtype],
+        "BATCH": 32,
+        "JOIN_STAGES": 2,
+        "UNPACK": PTX if arch >= 89 else BITS,
+        "EXACT_DOT": False,
     }
-    return triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=options)
+    types = {"q_ptr": "*bf16", "out_ptr": "*bf16", "row_ptr": "*bf16" if kv_dtype == "bf16" else "*u16"}
+    types |= dict.fromkeys(("scale_ptr", "partial_ptr", "partial_lse_ptr"), "*fp32") | {"scale_log2e": "fp32"}
+    types |= dict.fromkeys(("arrived_ptr", "block_table_ptr", "seq_lens_ptr"), "*i32")
+    names = attend_latent.arg_names
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr")}
+    return _compile(attend_latent, signature, constants, aligned, arch, config)
 
 
 def _tool(name: str, cubin: bytes, *flags: str) -> str:
@@ -143,25 +170,34 @@ def main_loop(sass: str) -> list[str]:
 
 def facts(case: DecodeCase) -> dict:
     """Machine-code facts of `case` as a plain dict (see the keys below)."""
-    kernel = compile_case(case)
+    tile_bytes = case.config.block_n * case.head_dim * 2 * kv_format(case.kv_dtype).element_bits // 8
+    return {**asdict(case), **_machine_code(compile_case(case), case.config.num_warps, tile_bytes)}
+
+
+def latent_facts(arch: int, kv_dtype: str, num_heads: int) -> dict:
+    """The same of the latent kernel."""
+    config = mla_config(arch, 16 if kv_dtype == "bf16" else 8, num_heads)
+    code = _machine_code(
+        compile_latent(arch, kv_dtype, num_heads), config.num_warps, config.block_n * ROW_BYTES[kv_dtype]
+    )
+    return {"arch": arch, "kv_dtype": kv_dtype, "num_heads": num_heads, "config": asdict(config), **code}
+
+
+def _machine_code(kernel: object, num_warps: int, tile_bytes: int) -> dict:
     cubin = kernel.asm["cubin"]
     usage = _tool("cuobjdump", cubin, "-res-usage")
     whole = _tool("nvdisasm", cubin, "-c")
     body = [_opcode(i) for i in main_loop(whole)]
     counts = Counter(body)
-    fmt = kv_format(case.kv_dtype)
-    tile_bytes = case.config.block_n * case.head_dim * 2 * fmt.element_bits // 8
-    copies = sorted({o for o in counts if o.startswith("LDGSTS")})
     return {
-        **asdict(case),
         "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
         "stack_bytes": int(re.search(r"STACK:(\d+)", usage).group(1)),
         "spill_instructions": len(re.findall(r"\b(?:LDL|STL)\b", whole)),
         "shared_bytes": kernel.metadata.shared,
-        "async_copies": copies,
+        "async_copies": sorted({o for o in counts if o.startswith("LDGSTS")}),
         "matrix_products": sorted({o for o in counts if "MMA" in o}),
         "barriers_per_tile": sum(o.startswith("BAR") for o in body),
-        "warp_instructions_per_kb": len(body) * case.config.num_warps * 1024 / tile_bytes,
+        "warp_instructions_per_kb": len(body) * num_warps * 1024 / tile_bytes,
         "opcodes": dict(Counter(o.split(".")[0] for o in body).most_common()),
     }
 
@@ -210,11 +246,15 @@ def usual_cases(arch: int) -> list[DecodeCase]:
 
 
 def main(arguments: list[str]) -> None:
-    """Print facts: `usual|shipped ARCH...`."""
-    choose = {"usual": usual_cases, "shipped": shipped_cases}[arguments[0]]
-    for arch in arguments[1:]:
-        for case in choose(int(arch)):
-            print(json.dumps(facts(case)), flush=True)
+    """Print facts: `usual|shipped|latent ARCH...`."""
+    choose = {"usual": usual_cases, "shipped": shipped_cases}
+    for arch in map(int, arguments[1:]):
+        if arguments[0] == "latent":
+            made = (latent_facts(arch, kv_dtype, 16) for kv_dtype in FORMAT_CODES)
+        else:
+            made = map(facts, choose[arguments[0]](arch))
+        for one in made:
+            print(json.dumps(one), flush=True)
 
 
 if __name__ == "__main__":

@@ -69,9 +69,17 @@ def decode_configs(arch: int | None, element_bits: int, head_dim: int, group_siz
     return _DECODE[element_bits, head_dim, group_size > 8]
 
 
-def mla_config(arch: int | None) -> Config:
-    """The configuration of latent decode."""
-    return Config(32, 4, 2) if arch is None else Config(32, 8, 2)
+_SMALL_SHARED_MEMORY = (86, 89, 120)
+"""Architectures with 99 KB of shared memory a program."""
+
+
+def mla_config(arch: int | None, element_bits: int, num_heads: int) -> Config:
+    """The configuration of latent decode with `num_heads` query heads a program."""
+    if arch is None:
+        return Config(32, 4, 2)
+    if element_bits == 16 and (num_heads <= 16 or arch in _SMALL_SHARED_MEMORY):
+        return Config(32, 4, 3 if num_heads <= 16 else 2)
+    return Config(64, 4, 2)
 
 
 def padded_head_dim(element_bits: int, head_dim: int) -> bool:

@@ -4,8 +4,8 @@
 
 with the query already absorbed into the latent space (576 numbers a head). Keys and values are the same bytes, read
 once for up to 32 heads, in four blocks of 128 latent numbers. Work is cut and joined as in `decode_attention`. e4m3
-becomes float16 exactly; the block scales of 656-byte rows multiply that block's logits and, beside it, its weights.
-Sums are FP32.
+becomes float16 exactly, in pairs (even and odd numbers of a row): 16-bit copies serve both products, transposed and as
+they are. The block scales of 656-byte rows multiply that block's logits and, beside it, its weights. Sums are FP32.
 """
 
 import math
@@ -21,27 +21,25 @@ from .decode_attention.plan import LEVELS
 from .device import KernelFacts, architecture, interpreting, loaded_facts, resident_ctas, unpack_mode
 from .latent_cache import LATENT_DIM, ROPE_DIM, LatentCache
 from .schedule import batch_tiles, chunk_of_tile, chunk_start, sequence_tiles, used_chunks
-from .unpack import unpack_elements
+from .unpack import unpack_pairs
 
 HEADS_A_PROGRAM = 32
 FORMAT_CODES = {"bf16": 0, "fp8_e4m3": 1, "fp8_ds_mla": 2}
 
 
 @triton.jit
-def _latent_block(row_ptr, row_at, valid, dims, BLOCK: tl.constexpr, FORMAT: tl.constexpr, UNPACK: tl.constexpr):
-    """Latent numbers 128 * BLOCK to 128 * BLOCK + 127 of the rows at `row_at`, `[BLOCK_N, 128]`, not yet scaled."""
-    at = row_ptr + row_at[:, None] + (128 * BLOCK + dims)[None, :]
-    latent = tl.load(at, mask=valid[:, None], other=0)
-    if FORMAT > 0:
-        latent = unpack_elements(latent, 1, UNPACK)
-    return latent
+def _tile(row_ptr, row_at, valid, BLOCK: tl.constexpr, WIDTH: tl.constexpr, FORMAT: tl.constexpr):
+    """Numbers of block `BLOCK` of the rows at `row_at`, as stored: `[BLOCK_N, WIDTH]` bf16, or half as many pairs."""
+    per_pair: tl.constexpr = 2 if FORMAT > 0 else 1
+    dims = 128 // per_pair * BLOCK + tl.arange(0, WIDTH // per_pair)
+    return tl.load(row_ptr + row_at[:, None] + dims[None, :], mask=valid[:, None], other=0)
 
 
 @triton.jit
 def _block_scale(row_ptr, row_at, valid, BLOCK: tl.constexpr, FORMAT: tl.constexpr):
     """FP32 scale of each row's block, `[BLOCK_N]`; 1 where rows carry none."""
     if FORMAT == 2:
-        at = row_ptr.to(tl.pointer_type(tl.float32)) + row_at // 4 + 128 + BLOCK
+        at = row_ptr.to(tl.pointer_type(tl.float32)) + row_at // 2 + 128 + BLOCK
         scale = tl.load(at, mask=valid, other=0.0)
     else:
         scale = 1.0
@@ -59,56 +57,66 @@ def _product(a, b, c, EXACT_DOT: tl.constexpr):
 
 
 @triton.jit
-def _block_logits(logits, q, latent, scale, FORMAT: tl.constexpr, EXACT_DOT: tl.constexpr):
-    """Logits + scale * (q latent^T)."""
-    if FORMAT == 2:
-        logits += _product(q, tl.trans(latent), tl.zeros_like(logits), EXACT_DOT) * scale[None, :]
+def _block_logits(
+    logits, even_q, odd_q, tile, scale, FORMAT: tl.constexpr, UNPACK: tl.constexpr, EXACT_DOT: tl.constexpr
+):
+    """Logits + scale * (q tile^T). Pairs are unpacked as operands of the product, so one copy serves both products."""
+    tile = tl.trans(tile)
+    if FORMAT == 0:
+        logits = _product(even_q, tile, logits, EXACT_DOT)
     else:
-        logits = _product(q, tl.trans(latent), logits, EXACT_DOT)
+        even, odd = unpack_pairs(tile, 1, UNPACK)
+        part = logits
+        if FORMAT == 2:
+            part = tl.zeros_like(logits)
+        part = _product(even_q, even, part, EXACT_DOT)
+        part = _product(odd_q, odd, part, EXACT_DOT)
+        if FORMAT == 2:
+            part = logits + part * scale[None, :]
+        logits = part
     return logits
 
 
 @triton.jit
-def _block_values(acc, weights, latent, scale, decay, FORMAT: tl.constexpr, EXACT_DOT: tl.constexpr):
-    """Acc * decay + (weights * scale) latent."""
-    if FORMAT == 2:
-        weights = weights * scale[None, :]
-    return _product(weights.to(latent.dtype), latent, acc * decay[:, None], EXACT_DOT)
-
-
-@triton.jit
-def _store_blocks(at, acc0, acc1, acc2, acc3, ok):
-    """Four `[heads, 128]` blocks of an output row."""
-    tl.store(at, acc0.to(at.dtype.element_ty), mask=ok[:, None])
-    tl.store(at + 128, acc1.to(at.dtype.element_ty), mask=ok[:, None])
-    tl.store(at + 256, acc2.to(at.dtype.element_ty), mask=ok[:, None])
-    tl.store(at + 384, acc3.to(at.dtype.element_ty), mask=ok[:, None])
-
-
-@triton.jit
-def _load_query(at, dims, ok, BLOCK: tl.constexpr, FORMAT: tl.constexpr):
-    """Query numbers of one latent block, `[heads, 128]`."""
-    q = tl.load(at + (128 * BLOCK + dims)[None, :], mask=ok[:, None], other=0.0)
-    if FORMAT > 0:
-        q = q.to(tl.float16)
-    return q
-
-
-@triton.jit
-def _rope_tile(row_ptr, row_at, valid, dims, FORMAT: tl.constexpr, UNPACK: tl.constexpr):
-    """Rotary numbers `[BLOCK_N, 64]`: bf16, or float16 when they are e4m3."""
-    if FORMAT == 2:
-        rope_at = row_ptr.to(tl.pointer_type(tl.bfloat16)) + row_at[:, None] // 2 + 264 + dims[None, :]
-        rope = tl.load(rope_at, mask=valid[:, None], other=0.0)
+def _block_values(
+    even, odd, weights, tile, scale, decay, FORMAT: tl.constexpr, UNPACK: tl.constexpr, EXACT_DOT: tl.constexpr
+):
+    """Accumulator * decay + (weights * scale) tile; `odd` only serves pairs."""
+    if FORMAT == 0:
+        even = _product(weights.to(tile.dtype), tile, even * decay[:, None], EXACT_DOT)
     else:
-        rope = tl.load(row_ptr + row_at[:, None] + 512 + dims[None, :], mask=valid[:, None], other=0)
-        if FORMAT == 1:
-            rope = unpack_elements(rope, 1, UNPACK)
-    return rope
+        if FORMAT == 2:
+            weights = weights * scale[None, :]
+        w = weights.to(tl.float16)
+        even_values, odd_values = unpack_pairs(tile, 1, UNPACK)
+        even = _product(w, even_values, even * decay[:, None], EXACT_DOT)
+        odd = _product(w, odd_values, odd * decay[:, None], EXACT_DOT)
+    return even, odd
+
+
+@triton.jit
+def _store_block(at, even, odd, ok, BLOCK: tl.constexpr, FORMAT: tl.constexpr):
+    """128 numbers of output rows at `at`: pairs of even and odd ones, or `even` as it is."""
+    dims = 128 * BLOCK + (2 if FORMAT > 0 else 1) * tl.arange(0, even.shape[1])[None, :]
+    tl.store(at[:, None] + dims, even.to(at.dtype.element_ty), mask=ok[:, None])
+    if FORMAT > 0:
+        tl.store(at[:, None] + dims + 1, odd.to(at.dtype.element_ty), mask=ok[:, None])
+
+
+@triton.jit
+def _query(at, ok, BLOCK: tl.constexpr, WIDTH: tl.constexpr, FORMAT: tl.constexpr):
+    """Query numbers of one block: `[heads, WIDTH]` twice, or the even and the odd ones as float16."""
+    dims = 128 * BLOCK + (2 if FORMAT > 0 else 1) * tl.arange(0, WIDTH // 2 if FORMAT > 0 else WIDTH)[None, :]
+    even = tl.load(at[:, None] + dims, mask=ok[:, None], other=0.0)
+    odd = even
+    if FORMAT > 0:
+        even = even.to(tl.float16)
+        odd = tl.load(at[:, None] + dims + 1, mask=ok[:, None], other=0.0).to(tl.float16)
+    return even, odd
 
 
 @triton.jit(do_not_specialize=["batch_size", "num_chunks", "stride_q_batch", "stride_table_row", "stride_out_batch"])
-def _attend(
+def attend_latent(
     q_ptr,
     row_ptr,
     scale_ptr,
@@ -127,7 +135,7 @@ def _attend(
     HEAD_BLOCKS: tl.constexpr,
     HEADS: tl.constexpr,  # query heads of one program
     HP: tl.constexpr,  # padded to a power of two, at least 16
-    ROW: tl.constexpr,  # elements of a row: bytes, or bf16
+    ROW: tl.constexpr,  # elements of a row: bf16, or uint16 pairs of bytes
     PAGE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
@@ -137,6 +145,7 @@ def _attend(
     UNPACK: tl.constexpr,
     EXACT_DOT: tl.constexpr,
 ):
+    """Attend to one chunk of tiles for one block of query heads; grid: num_chunks * HEAD_BLOCKS programs."""
     head_block = tl.program_id(0) % HEAD_BLOCKS
     chunk = tl.program_id(0) // HEAD_BLOCKS
     rows, tiles = batch_tiles(seq_lens_ptr, batch_size, 0, BLOCK_N, False, BATCH)
@@ -153,8 +162,9 @@ def _attend(
 
     heads = tl.arange(0, HP)
     head_ok = heads < HEADS
-    dims = tl.arange(0, 128)
     rope_dims = tl.arange(0, 64)
+    per_pair: tl.constexpr = 2 if FORMAT > 0 else 1
+    ROPE_FORMAT: tl.constexpr = 1 if FORMAT == 1 else 0
     slots = tl.arange(0, BLOCK_N)
     scale = tl.load(scale_ptr)
     logit_scale = scale_log2e * scale
@@ -165,63 +175,78 @@ def _attend(
         to_tile = tl.minimum(end_tile - seq_start, seq_tiles)
         table = block_table_ptr + seq * stride_table_row.to(tl.int64)
         last_page = (tl.maximum(seq_len, 1) - 1) // PAGE
-        q_at = q_ptr + seq * stride_q_batch.to(tl.int64) + ((head_block * HEADS + heads) * 576)[:, None]
-        q0 = _load_query(q_at, dims, head_ok, 0, FORMAT)
-        q1 = _load_query(q_at, dims, head_ok, 1, FORMAT)
-        q2 = _load_query(q_at, dims, head_ok, 2, FORMAT)
-        q3 = _load_query(q_at, dims, head_ok, 3, FORMAT)
-        q_rope = tl.load(q_at + 512 + rope_dims[None, :], mask=head_ok[:, None], other=0.0)
-        if FORMAT == 1:
-            q_rope = q_rope.to(tl.float16)
+        q_at = q_ptr + seq * stride_q_batch.to(tl.int64) + (head_block * HEADS + heads) * 576
+        even_q0, odd_q0 = _query(q_at, head_ok, 0, 128, FORMAT)
+        even_q1, odd_q1 = _query(q_at, head_ok, 1, 128, FORMAT)
+        even_q2, odd_q2 = _query(q_at, head_ok, 2, 128, FORMAT)
+        even_q3, odd_q3 = _query(q_at, head_ok, 3, 128, FORMAT)
+        even_rope, odd_rope = _query(q_at, head_ok, 4, 64, ROPE_FORMAT)
         peak = tl.full([HP], float("-inf"), tl.float32)
         weight_sum = tl.zeros([HP], tl.float32)
-        acc0 = tl.zeros([HP, 128], tl.float32)
-        acc1 = tl.zeros([HP, 128], tl.float32)
-        acc2 = tl.zeros([HP, 128], tl.float32)
-        acc3 = tl.zeros([HP, 128], tl.float32)
+        even0 = tl.zeros([HP, 128 // per_pair], tl.float32)
+        even1 = tl.zeros([HP, 128 // per_pair], tl.float32)
+        even2 = tl.zeros([HP, 128 // per_pair], tl.float32)
+        even3 = tl.zeros([HP, 128 // per_pair], tl.float32)
+        odd0 = tl.zeros([HP, 128 // per_pair], tl.float32)
+        odd1 = tl.zeros([HP, 128 // per_pair], tl.float32)
+        odd2 = tl.zeros([HP, 128 // per_pair], tl.float32)
+        odd3 = tl.zeros([HP, 128 // per_pair], tl.float32)
         pages = tl.load(table + tl.minimum((from_tile * BLOCK_N + slots) // PAGE, last_page))
         for t in tl.range(from_tile, to_tile, num_stages=STAGES):
             tokens = t * BLOCK_N + slots
             valid = tokens < seq_len
             row_at = (pages.to(tl.int64) * PAGE + tokens % PAGE) * ROW
             pages = tl.load(table + tl.minimum((tokens + BLOCK_N) // PAGE, last_page))
-            latent0 = _latent_block(row_ptr, row_at, valid, dims, 0, FORMAT, UNPACK)
-            latent1 = _latent_block(row_ptr, row_at, valid, dims, 1, FORMAT, UNPACK)
-            latent2 = _latent_block(row_ptr, row_at, valid, dims, 2, FORMAT, UNPACK)
-            latent3 = _latent_block(row_ptr, row_at, valid, dims, 3, FORMAT, UNPACK)
+            tile0 = _tile(row_ptr, row_at, valid, 0, 128, FORMAT)
+            tile1 = _tile(row_ptr, row_at, valid, 1, 128, FORMAT)
+            tile2 = _tile(row_ptr, row_at, valid, 2, 128, FORMAT)
+            tile3 = _tile(row_ptr, row_at, valid, 3, 128, FORMAT)
             scale0 = _block_scale(row_ptr, row_at, valid, 0, FORMAT)
             scale1 = _block_scale(row_ptr, row_at, valid, 1, FORMAT)
             scale2 = _block_scale(row_ptr, row_at, valid, 2, FORMAT)
             scale3 = _block_scale(row_ptr, row_at, valid, 3, FORMAT)
-            rope = _rope_tile(row_ptr, row_at, valid, rope_dims, FORMAT, UNPACK)
-            logits = _product(q_rope, tl.trans(rope), tl.zeros([HP, BLOCK_N], tl.float32), EXACT_DOT)
-            logits = _block_logits(logits, q0, latent0, scale0, FORMAT, EXACT_DOT)
-            logits = _block_logits(logits, q1, latent1, scale1, FORMAT, EXACT_DOT)
-            logits = _block_logits(logits, q2, latent2, scale2, FORMAT, EXACT_DOT)
-            logits = _block_logits(logits, q3, latent3, scale3, FORMAT, EXACT_DOT)
+            if FORMAT == 2:  # after 512 bytes and four scales, 64 bf16 numbers
+                rope = tl.load(
+                    row_ptr.to(tl.pointer_type(tl.bfloat16)) + row_at[:, None] + 264 + rope_dims[None, :],
+                    mask=valid[:, None],
+                    other=0.0,
+                )
+            else:
+                rope = _tile(row_ptr, row_at, valid, 4, 64, FORMAT)
+            logits = tl.zeros([HP, BLOCK_N], tl.float32)
+            logits = _block_logits(logits, even_rope, odd_rope, rope, 1.0, ROPE_FORMAT, UNPACK, EXACT_DOT)
+            logits = _block_logits(logits, even_q0, odd_q0, tile0, scale0, FORMAT, UNPACK, EXACT_DOT)
+            logits = _block_logits(logits, even_q1, odd_q1, tile1, scale1, FORMAT, UNPACK, EXACT_DOT)
+            logits = _block_logits(logits, even_q2, odd_q2, tile2, scale2, FORMAT, UNPACK, EXACT_DOT)
+            logits = _block_logits(logits, even_q3, odd_q3, tile3, scale3, FORMAT, UNPACK, EXACT_DOT)
             logits = tl.where(valid[None, :], logits * logit_scale, float("-inf"))
             new_peak = tl.maximum(peak, tl.max(logits, 1))
             decay = tl.exp2(peak - new_peak)
             peak = new_peak
             weights = tl.exp2(logits - (new_peak - OFFSET)[:, None])
             weight_sum = weight_sum * decay + tl.sum(weights, 1)
-            acc0 = _block_values(acc0, weights, latent0, scale0, decay, FORMAT, EXACT_DOT)
-            acc1 = _block_values(acc1, weights, latent1, scale1, decay, FORMAT, EXACT_DOT)
-            acc2 = _block_values(acc2, weights, latent2, scale2, decay, FORMAT, EXACT_DOT)
-            acc3 = _block_values(acc3, weights, latent3, scale3, decay, FORMAT, EXACT_DOT)
+            even0, odd0 = _block_values(even0, odd0, weights, tile0, scale0, decay, FORMAT, UNPACK, EXACT_DOT)
+            even1, odd1 = _block_values(even1, odd1, weights, tile1, scale1, decay, FORMAT, UNPACK, EXACT_DOT)
+            even2, odd2 = _block_values(even2, odd2, weights, tile2, scale2, decay, FORMAT, UNPACK, EXACT_DOT)
+            even3, odd3 = _block_values(even3, odd3, weights, tile3, scale3, decay, FORMAT, UNPACK, EXACT_DOT)
 
         lse = peak - OFFSET + tl.log2(weight_sum)
         inverse = (scale / weight_sum)[:, None]
-        cell = heads[:, None] * 512 + dims[None, :]
         if (from_tile == 0) & (to_tile == seq_tiles):
-            out_at = out_ptr + seq * stride_out_batch.to(tl.int64) + head_block * (HEADS * 512)
-            _store_blocks(out_at + cell, acc0 * inverse, acc1 * inverse, acc2 * inverse, acc3 * inverse, head_ok)
+            out_at = out_ptr + seq * stride_out_batch.to(tl.int64) + head_block * (HEADS * 512) + heads * 512
+            _store_block(out_at, even0 * inverse, odd0 * inverse, head_ok, 0, FORMAT)
+            _store_block(out_at, even1 * inverse, odd1 * inverse, head_ok, 1, FORMAT)
+            _store_block(out_at, even2 * inverse, odd2 * inverse, head_ok, 2, FORMAT)
+            _store_block(out_at, even3 * inverse, odd3 * inverse, head_ok, 3, FORMAT)
         else:
             first_chunk = chunk_of_tile(seq_start, total, chunks)
             pieces = chunk_of_tile(seq_start + seq_tiles - 1, total, chunks) - first_chunk + 1
             slot = (piece_slot(first_chunk, chunk - first_chunk) * HEAD_BLOCKS + head_block) * HEADS
-            at = partial_ptr + slot.to(tl.int64) * 512 + cell
-            _store_blocks(at, acc0 * inverse, acc1 * inverse, acc2 * inverse, acc3 * inverse, head_ok)
+            piece_at = partial_ptr + slot.to(tl.int64) * 512 + heads * 512
+            _store_block(piece_at, even0 * inverse, odd0 * inverse, head_ok, 0, FORMAT)
+            _store_block(piece_at, even1 * inverse, odd1 * inverse, head_ok, 1, FORMAT)
+            _store_block(piece_at, even2 * inverse, odd2 * inverse, head_ok, 2, FORMAT)
+            _store_block(piece_at, even3 * inverse, odd3 * inverse, head_ok, 3, FORMAT)
             tl.store(partial_lse_ptr + slot + heads, lse, mask=head_ok)
             join_pieces(
                 partial_lse_ptr,
@@ -270,13 +295,13 @@ class MlaPlan:
         self.arch = architecture(cache.data.device)
         heads = num_heads // self.head_blocks
         padded = max(16, 1 << (heads - 1).bit_length())
-        self.config = config or mla_config(self.arch)
+        self.config = config or mla_config(self.arch, 16 if cache.kv_dtype == "bf16" else 8, heads)
         self._scale_log2e = softmax_scale * math.log2(math.e)
         self._flags = {
             "HEAD_BLOCKS": self.head_blocks,
             "HEADS": heads,
             "HP": padded,
-            "ROW": cache.data.shape[-1],
+            "ROW": cache.data[0, 0].nbytes // 2,
             "PAGE": cache.block_size_tokens,
             "BLOCK_N": self.config.block_n,
             "STAGES": self.config.num_stages,
@@ -296,7 +321,7 @@ class MlaPlan:
                 self.batch, num_heads, LATENT_DIM + ROPE_DIM, dtype=torch.bfloat16, device=cache.data.device
             )
             args = self._arguments(q, cache, q[..., :LATENT_DIM].contiguous())
-            self.facts = loaded_facts(_attend.warmup(*args, grid=(1,), **self._flags))
+            self.facts = loaded_facts(attend_latent.warmup(*args, grid=(1,), **self._flags))
         if num_chunks is None:
             resident = resident_ctas(self.facts, self.arch, cache.data.device, self.config.ctas_per_sm)
             self.num_chunks = max(1, resident // self.head_blocks)
@@ -311,7 +336,14 @@ class MlaPlan:
 
     def _arguments(self, q: torch.Tensor, cache: LatentCache, out: torch.Tensor) -> tuple:
         return (
-            *(q, cache.data, cache.scale, cache.block_table, cache.seq_lens, out),
+            *(
+                q,
+                cache.data if cache.kv_dtype == "bf16" else cache.data.view(torch.uint16),
+                cache.scale,
+                cache.block_table,
+                cache.seq_lens,
+                out,
+            ),
             *(self._partial, self._partial_lse, self._arrived, self._scale_log2e),
             *(self.batch, self.num_chunks, q.stride(0), cache.block_table.stride(0), out.stride(0)),
         )
@@ -320,5 +352,5 @@ class MlaPlan:
         """Output `[batch, heads, 512]` for absorbed queries `[batch, heads, 576]` (bf16, contiguous); one launch."""
         if out is None:
             out = torch.empty(*q.shape[:2], LATENT_DIM, dtype=q.dtype, device=q.device)
-        _attend[(self.num_chunks * self.head_blocks,)](*self._arguments(q, cache, out), **self._flags)
+        attend_latent[(self.num_chunks * self.head_blocks,)](*self._arguments(q, cache, out), **self._flags)
         return out

@@ -172,6 +172,9 @@ def attend(
     per_pair: tl.constexpr = 2 if FORMAT > 0 else 1  # V dims in one stored element
     dims = tl.arange(0, DA)
     v_dims = tl.arange(0, DA // per_pair)
+    if SCALES == 3:  # copies of 8 bytes go through L1, where the scale's sector is then found
+        dims = tl.max_contiguous(dims, 8)
+        v_dims = tl.max_contiguous(v_dims, 8 // per_pair)
     if DB > 0:
         k_tail = DA + tl.arange(0, DB)
         tail_rows: tl.constexpr = max(16, DB // per_pair)

@@ -11,7 +11,7 @@ from .join import RADIX
 from .kernel import attend
 from .kernel4 import attend4
 
-BATCH_BUCKETS = (1, 64, 1024, 8192)
+BATCH_BUCKETS = (1, 32, 128, 1024, 8192)
 _ONLY_WIDE = ("DA", "DB", "SCALES", "EXACT_DOT")
 """Flags of the 8-bit and 16-bit kernel that the 4-bit one has not."""
 SCALE_CODES = {"none": 0, "tensor": 1, "head": 1, "token_head": 2, "token_head_inline": 3, "block": 0}

@@ -27,7 +27,9 @@ def label(fact):
 
 def assert_clean(fact):
     assert fact["spill_instructions"] == 0, label(fact)
-    assert any(copy.endswith(".128") for copy in fact["async_copies"]), label(fact)
+    # a row with its scale inline is copied through L1, which only copies of at most 8 bytes go through
+    width = ".64" if fact["scale_granularity"] == "token_head_inline" else ".128"
+    assert any(copy.endswith(width) for copy in fact["async_copies"]), label(fact)
     assert fact["matrix_products"], label(fact)
 
 
@@ -48,6 +50,19 @@ def test_usual_kernels_are_free_of_spills_and_spend_at_most_100_warp_instruction
 def test_every_shipped_configuration_is_free_of_spills(arch):
     for fact in facts("shipped", arch):
         assert_clean(fact)
+
+
+@pytest.mark.parametrize("arch", [89, 90])
+def test_latent_kernels_copy_each_row_once_asynchronously_and_hardly_spill(arch):
+    made = facts("latent", arch)
+    assert [fact["kv_dtype"] for fact in made] == ["bf16", "fp8_e4m3", "fp8_ds_mla"]
+    for fact in made:
+        name = f"{arch} {fact['kv_dtype']}"
+        assert fact["spill_instructions"] <= (8 if fact["kv_dtype"] == "fp8_ds_mla" else 0), name
+        latent_bytes = {"bf16": 1152, "fp8_e4m3": 576, "fp8_ds_mla": 640}[fact["kv_dtype"]]
+        wide_copies = fact["opcodes"]["LDGSTS"] - 4 * (fact["kv_dtype"] == "fp8_ds_mla")
+        config = fact["config"]
+        assert wide_copies * config["num_warps"] * 32 * 16 == config["block_n"] * latent_bytes, name
 
 
 def test_architectures_without_e4m3_conversion_compile_by_bit_arithmetic():
