@@ -39,10 +39,14 @@ def used_chunks(total_tiles, batch_size, num_chunks, MIN_TILES: tl.constexpr):
 @triton.jit
 def chunk_start(chunk, total_tiles, chunks):
     """First tile of `chunk` on the line of `total_tiles`."""
-    return (chunk.to(tl.int64) * total_tiles // chunks).to(tl.int32)
+    size = total_tiles // chunks  # chunk * total_tiles // chunks, in 32 bits
+    return chunk * size + chunk * (total_tiles - chunks * size) // chunks
 
 
 @triton.jit
 def chunk_of_tile(tile, total_tiles, chunks):
     """The chunk that holds `tile`."""
-    return (((tile + 1).to(tl.int64) * chunks - 1) // total_tiles).to(tl.int32)
+    guess = (tile.to(tl.float32) * (chunks.to(tl.float32) / total_tiles.to(tl.float32))).to(tl.int32)
+    guess = tl.minimum(guess, chunks - 1)
+    guess -= (chunk_start(guess, total_tiles, chunks) > tile).to(tl.int32)
+    return guess + (chunk_start(guess + 1, total_tiles, chunks) <= tile).to(tl.int32)

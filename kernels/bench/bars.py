@@ -15,7 +15,9 @@ from pathlib import Path
 import torch
 import triton
 
+from ..mla_decode import FORMAT_CODES
 from . import decode_attention as decode
+from . import mla_decode as latent
 from . import peers
 from . import read_roofline as roofline
 from .choose import choose
@@ -54,6 +56,7 @@ class Run:
         self.roof: list[tuple[float, float]] = []
         self.table: list[tuple[str, float, str, bool]] = []
         self.lines: dict[str, Line] = {}
+        self.figures: list[str] = []
         self.not_measured: list[str] = []
 
     def emit(self, record: dict) -> None:
@@ -197,6 +200,27 @@ class Run:
             line, _ = self.family(f"bf16 {what} {value}", kv_dtype="bf16", scale_granularity="none", **kind)
             self.bar(f"bf16 {what} {value} slope / roofline", line.bytes_per_s / roof, ">= 0.95")
 
+    def latent_figures(self, batch: int = 32) -> None:
+        """Latent decode of a rank of 16 heads and of all 128: slopes, which no bar holds."""
+        contexts = (16, 48) if self.cpu else (16384, 65536)
+        lengths = (40, 7) if self.cpu else latent.GATE_LENGTHS
+        for num_heads in (16,) if self.cpu else (16, 128):
+            for kv_dtype in FORMAT_CODES:
+                cell = latent.MlaCell((1,) * (2 if self.cpu else batch), kv_dtype=kv_dtype, num_heads=num_heads)
+                verdict = latent.gate(cell, device=self.device, seq_lens=lengths)
+                self.emit(verdict)
+                if not verdict["passed"]:
+                    raise SystemExit(f"latent {kv_dtype}: error {verdict['error']:.1e}; nothing timed")
+                points = []
+                for context in contexts:
+                    seq_lens = (context,) * len(cell.seq_lens)
+                    record = latent.measure(replace(cell, seq_lens=seq_lens), device=self.device, samples=self.samples)
+                    self.emit(record)
+                    points.append((record["read_bytes"], record["time_s"]))
+                rate = 1 / fit(points)[0]
+                self.emit({"kind": "latent_line", "kv_dtype": kv_dtype, "num_heads": num_heads, "bytes_per_s": rate})
+                self.figures.append(f"latent {kv_dtype}, {num_heads} heads: slope {rate / 1e12:.2f} TB/s")
+
     def peer_bars(self, batch: int = 16) -> None:
         """FlashAttention-3 and XQA on the same caches, where they are installed: their slopes over ours."""
         kinds = (("bf16", {"kv_dtype": "bf16", "scale_granularity": "none"}), ("fp8 tensor", {}))
@@ -234,6 +258,7 @@ def main(arguments: list[str] | None = None) -> None:
     run.main_bars(roof)
     run.shape_bars(roof)
     run.peer_bars()
+    run.latent_figures()
     if not run.cpu:
         run.read()
     if run.cpu:
@@ -241,6 +266,8 @@ def main(arguments: list[str] | None = None) -> None:
     for name, value, bound, passed in run.table:
         verdict = "  --" if run.cpu else "pass" if passed else "MISS"
         print(f"{verdict}  {value:10.4f}  {bound:>10}  {name}")
+    for line in run.figures:
+        print(f"      {line}")
     for line in run.not_measured:
         print(f"not measured  {line}")
 
