@@ -24,7 +24,8 @@ from .decode_attention.kernel4 import attend4
 from .decode_attention.plan import SCALE_CODES, join_stages, split_head_dim
 from .formats import FOUR_BIT_HEAD_DIMS, HEAD_DIMS, kv_format
 from .latent_cache import ROW_BYTES
-from .mla_decode import FORMAT_CODES, attend_latent
+from .mla_decode import FORMAT_CODES
+from .mla_decode.kernel import attend_latent
 from .unpack import BITS, PTX
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"

@@ -50,3 +50,36 @@ def chunk_of_tile(tile, total_tiles, chunks):
     guess = tl.minimum(guess, chunks - 1)
     guess -= (chunk_start(guess, total_tiles, chunks) > tile).to(tl.int32)
     return guess + (chunk_start(guess + 1, total_tiles, chunks) <= tile).to(tl.int32)
+
+
+@triton.jit
+def cut_batch(
+    chunk,
+    num_chunks,
+    seq_lens_ptr,
+    batch_size,
+    window,
+    BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BATCH: tl.constexpr,
+    MIN_TILES: tl.constexpr,
+):
+    """Where `chunk` lies: (tiles of the batch, chunks used, its first tile, its end, its first and last sequence, and
+    the tile at which that first one starts). A chunk past those used has nothing to do.
+    """
+    rows, tiles = batch_tiles(seq_lens_ptr, batch_size, window, BLOCK_N, WINDOW, BATCH)
+    ends = tl.cumsum(tiles, 0)
+    total = tl.sum(tiles, 0)
+    chunks = used_chunks(total, batch_size, num_chunks, MIN_TILES)
+    tile = chunk_start(chunk, total, chunks)
+    end_tile = chunk_start(chunk + 1, total, chunks)
+    first_seq = tl.sum((ends <= tile).to(tl.int32), 0)
+    last_seq = tl.sum((ends < end_tile).to(tl.int32), 0)
+    return total, chunks, tile, end_tile, first_seq, last_seq, tl.sum(tl.where(rows < first_seq, tiles, 0), 0)
+
+
+@triton.jit
+def chunks_of_sequence(seq_start, seq_tiles, total_tiles, chunks):
+    """(first chunk that holds part of a sequence, how many do)."""
+    first = chunk_of_tile(seq_start, total_tiles, chunks)
+    return first, chunk_of_tile(seq_start + seq_tiles - 1, total_tiles, chunks) - first + 1

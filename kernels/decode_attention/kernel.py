@@ -21,7 +21,7 @@ whatever the scales; the denominator sums w / v_scale.
 import triton
 import triton.language as tl
 
-from ..schedule import batch_tiles, chunk_of_tile, chunk_start, sequence_tiles, used_chunks
+from ..schedule import chunks_of_sequence, cut_batch, sequence_tiles
 from ..unpack import INT8_BIAS, unpack_elements, unpack_pairs
 from .join import join_pieces, piece_slot
 
@@ -156,17 +156,11 @@ def attend(
     else:
         kv_head = tl.program_id(0) // num_chunks
         chunk = tl.program_id(0) % num_chunks
-    rows, tiles = batch_tiles(seq_lens_ptr, batch_size, window, BLOCK_N, WINDOW, BATCH)
-    ends = tl.cumsum(tiles, 0)
-    total = tl.sum(tiles, 0)
-    chunks = used_chunks(total, batch_size, num_chunks, MIN_TILES)
+    total, chunks, tile, end_tile, first_seq, last_seq, seq_start = cut_batch(
+        chunk, num_chunks, seq_lens_ptr, batch_size, window, BLOCK_N, WINDOW, BATCH, MIN_TILES
+    )
     if chunk >= chunks:
         return
-    tile = chunk_start(chunk, total, chunks)
-    end_tile = chunk_start(chunk + 1, total, chunks)
-    first_seq = tl.sum((ends <= tile).to(tl.int32), 0)
-    last_seq = tl.sum((ends < end_tile).to(tl.int32), 0)
-    seq_start = tl.sum(tl.where(rows < first_seq, tiles, 0), 0)
 
     heads = tl.arange(0, GP)
     per_pair: tl.constexpr = 2 if FORMAT > 0 else 1  # V dims in one stored element
@@ -321,8 +315,7 @@ def attend(
             if DB > 0:
                 _store_columns(out_row + DA, even_tail * inverse, odd_tail * inverse, head_ok, DB, FORMAT > 0)
         else:
-            first_chunk = chunk_of_tile(seq_start, total, chunks)
-            pieces = chunk_of_tile(seq_start + seq_tiles - 1, total, chunks) - first_chunk + 1
+            first_chunk, pieces = chunks_of_sequence(seq_start, seq_tiles, total, chunks)
             slot = piece_slot(first_chunk, chunk - first_chunk) * (KV_HEADS * G) + kv_head * G + heads
             _store_columns(partial_ptr + slot * D, even, odd, head_ok, min(DA, D), FORMAT > 0)
             if DB > 0:

@@ -9,7 +9,7 @@ rounds once, to 11 bits).
 import triton
 import triton.language as tl
 
-from ..schedule import batch_tiles, chunk_of_tile, chunk_start, sequence_tiles, used_chunks
+from ..schedule import chunks_of_sequence, cut_batch, sequence_tiles
 from ..unpack import E2M1_UNIT, unpack_elements, unpack_words
 from .join import join_pieces, piece_slot
 from .kernel import MIN_TILES, NOT_SPECIALISED, OFFSET
@@ -98,17 +98,11 @@ def attend4(
     else:
         kv_head = tl.program_id(0) // num_chunks
         chunk = tl.program_id(0) % num_chunks
-    rows, tiles = batch_tiles(seq_lens_ptr, batch_size, window, BLOCK_N, WINDOW, BATCH)
-    ends = tl.cumsum(tiles, 0)
-    total = tl.sum(tiles, 0)
-    chunks = used_chunks(total, batch_size, num_chunks, MIN_TILES)
+    total, chunks, tile, end_tile, first_seq, last_seq, seq_start = cut_batch(
+        chunk, num_chunks, seq_lens_ptr, batch_size, window, BLOCK_N, WINDOW, BATCH, MIN_TILES
+    )
     if chunk >= chunks:
         return
-    tile = chunk_start(chunk, total, chunks)
-    end_tile = chunk_start(chunk + 1, total, chunks)
-    first_seq = tl.sum((ends <= tile).to(tl.int32), 0)
-    last_seq = tl.sum((ends < end_tile).to(tl.int32), 0)
-    seq_start = tl.sum(tl.where(rows < first_seq, tiles, 0), 0)
 
     WORDS: tl.constexpr = D // 4
     BLOCKS: tl.constexpr = D // 32 if FORMAT == 4 else D // 16
@@ -203,8 +197,7 @@ def attend4(
             out_row = out_ptr + seq * stride_out_batch.to(tl.int64) + (kv_head * G + heads) * D
             _store_words(out_row, acc0, acc1, acc2, acc3, head_ok, WORDS)
         else:
-            first_chunk = chunk_of_tile(seq_start, total, chunks)
-            pieces = chunk_of_tile(seq_start + seq_tiles - 1, total, chunks) - first_chunk + 1
+            first_chunk, pieces = chunks_of_sequence(seq_start, seq_tiles, total, chunks)
             slot = piece_slot(first_chunk, chunk - first_chunk) * (KV_HEADS * G) + kv_head * G + heads
             _store_words(partial_ptr + slot * D, acc0, acc1, acc2, acc3, head_ok, WORDS)
             tl.store(partial_lse_ptr + slot, lse, mask=head_ok)
