@@ -1,4 +1,4 @@
-"""Paged split-KV decode for latent attention: `MlaPlan` prepares it for a shape, `MlaPlan.run` launches it on a layer."""
+"""Paged split-KV decode for latent attention: `MlaPlan` prepares it, `MlaPlan.run` launches it on a layer."""
 
 from .plan import FORMAT_CODES, MlaPlan
 
