@@ -14,9 +14,9 @@ Columns = npt.NDArray[np.int64]
 
 DENSE_ONLY = {"kernel_dense_s", "matrix_dense"}
 MOE_ONLY = {"kernel_moe_s", "matrix_moe", "expert_stream", "routing_evenness"}
-DOUBTFUL_LEVEL = "engine_version"
+DOUBTFUL_LEVELS = {"engine_version", "build"}
 """What rows with doubtful labels may say something about: what is odd about them stays with the version they name."""
-HEAVY_LEVELS = {"deployment", "engine_version", "layout"}
+HEAVY_LEVELS = {"deployment", "engine_version", "build", "layout"}
 HEAVY_NU = 3.0
 """Levels whose offsets are Student-t, and its degrees of freedom."""
 
@@ -33,7 +33,7 @@ SPREADS: dict[str, dict[str, float]] = {
         "kernel_moe_s": 0.3,
         "sequence_s": 0.4,
         "prefill_kernel_s": 0.4,
-        "together_exact": 1.0,
+        "together_exact": 2.0,
         "together_spread": 0.5,
     },
     "gpu": {
@@ -62,6 +62,7 @@ SPREADS: dict[str, dict[str, float]] = {
         "sequence_s": 0.3,
         "prefill_kernel_s": 0.3,
         "together_exact": 0.3,
+        "together_first": 0.3,
         "together_spread": 0.3,
     },
     "precision_engine": {
@@ -98,6 +99,12 @@ SPREADS: dict[str, dict[str, float]] = {
         "sequence_s": 0.4,
         "prefill_kernel_s": 0.3,
     },
+    "build": {
+        "kernel_dense_s": 0.2,
+        "matrix_dense": 0.2,
+        "matrix_moe": 0.2,
+        "kernel_moe_s": 0.2,
+    },
     "engine_version": {
         "kernel_dense_s": 0.3,
         "matrix_dense": 0.3,
@@ -105,6 +112,7 @@ SPREADS: dict[str, dict[str, float]] = {
         "kernel_moe_s": 0.3,
         "step_s": 0.2,
         "together_exact": 1.0,
+        "together_first": 1.0,
         "together_spread": 0.3,
     },
     "layout": {
@@ -126,6 +134,7 @@ SPREADS: dict[str, dict[str, float]] = {
         "sequence_s": 0.15,
         "prefill_kernel_s": 0.4,
         "together_exact": 0.3,
+        "together_first": 0.3,
         "together_spread": 0.3,
     },
     "speculative": {
@@ -186,7 +195,7 @@ class Design:
 
     def informed(self, rows: list[tuple[int, Columns]], doubtful: Floats) -> list[tuple[int, Columns]]:
         """``rows`` with the columns that a row may move: all of them, or its engine version's where it is doubtful."""
-        own = np.array([level == DOUBTFUL_LEVEL for level, _, _ in self.columns] + [True])
+        own = np.array([level in DOUBTFUL_LEVELS for level, _, _ in self.columns] + [True])
         return [(j, np.where((doubtful > 0) & ~own[columns], -1, columns)) for j, columns in rows]
 
     def parameters(self, beta: Floats, rows: list[tuple[int, Columns]]) -> Floats:

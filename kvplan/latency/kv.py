@@ -112,18 +112,20 @@ def is_latent(model: ModelConfig) -> bool:
 
 
 def assumed_kv_dtype(
-    model: ModelConfig, engine: str, precision: str, weight_dtype: str | None
+    model: ModelConfig, gpu: GpuSpec, engine: str, precision: str, weight_dtype: str | None
 ) -> tuple[str, str | None]:
     """(KV format, a note when it is not ``auto``) of a deployment that does not state one.
 
-    Public deployments with 8-bit and 4-bit floating-point weights mostly run FP8 KV on vLLM and TensorRT-LLM; SGLang
-    keeps 16 bits unless told, except for sparse latent attention; gpt-oss and weight-only INT4 keep 16 bits.
+    Public deployments with 8-bit and 4-bit floating-point weights mostly run FP8 KV on TensorRT-LLM, and on vLLM on
+    Blackwell. On Hopper vLLM is left at its default: where public runs wait for KV, half of what FP8 would hold runs.
+    SGLang keeps 16 bits unless told, except for sparse latent attention; gpt-oss and weight-only INT4 keep 16 bits.
     """
     is_mxfp4 = model.quantization is not None and model.quantization.method == "mxfp4"
     keeps_16 = (
         precision not in ("fp8", "fp4")
         or is_mxfp4
         or (engine == "sglang" and "indexer" not in model.cache_kinds)
+        or (engine == "vllm" and (gpu.sm or 0) < 100)
         or (engine == "tensorrt-llm" and weight_dtype == "fp8_block")
     )
     if keeps_16 or "compressed" in model.cache_kinds:

@@ -2,6 +2,7 @@
 
 Every parameter is a logarithm (``together_*``: a logit) and the sum of a common value and offsets of the levels a
 deployment belongs to: engine and its version, GPU, precision, model family, parallel layout, and some of them together.
+A ``build`` is an engine version as it runs one family: fused kernels come model by model.
 A level never measured has no offset, so an unknown GPU, engine or model gets the common value.
 """
 
@@ -61,6 +62,7 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter("matrix_moe", 0.2, 0.5, "the same in models with experts"),
     Parameter("prefill_kernel_s", 2.5e-5, 0.6, "the same in a step with a prompt in it (no graph, eager launches)"),
     Parameter("together_exact", -1.0, 1.0, "logit: prompts that arrive together when lengths are exact", False),
+    Parameter("together_first", 0.0, 1.0, "logit: the same where prompts run before decoding: half of a wave", False),
     Parameter("together_spread", -2.0, 1.0, "logit: the same when lengths are spread", False),
     Parameter(
         "ttft_exact", 1.0, 1.0, "TTFT over the steady state's where lengths are exact: short runs start in a burst"
@@ -96,6 +98,7 @@ class Traits:
             "family": self.family,
             "family_engine": f"{self.family}|{self.engine}",
             "engine_version": f"{self.engine}|{self.engine_version}",
+            "build": f"{self.family}|{self.engine}|{self.engine_version}",
             "layout": f"{self.family}|{self.engine}|{self.layout}",
             "deployment": f"{self.family}|{self.gpu}|{self.engine}|{self.precision}",
         }

@@ -13,7 +13,7 @@ import numpy as np
 
 from kvplan.deployment import Deployment, resolve_deployment
 from kvplan.errors import InputError, shorten
-from kvplan.gpu import GpuSpec
+from kvplan.gpu import GpuSpec, resolve_gpu
 from kvplan.latency.capacity import max_batches
 from kvplan.latency.kv import KvSpeed, assumed_kv_dtype, attention_calibration, is_latent, kv_speed
 from kvplan.latency.latent import latent_heads
@@ -44,8 +44,14 @@ NOMINAL_LENGTH = 0.95
 SPREAD_LENGTHS = (1024, 8192)
 """Nominal lengths of the public benchmark workloads that draw lengths from 0.8–1.0 of nominal."""
 
+PROMPTS_FIRST = frozenset({"sglang"})
+"""Engines that run waiting prompts before the next decode step, not beside it (``enable_mixed_chunk`` off)."""
+
 MID_REQUEST = 0.6
 """Share of the output a running request has KV for when the engine decides how many may run."""
+
+RESERVED_OUTPUT = {"tensorrt-llm": 1.0}
+"""The same of engines that start a request only when all of its output fits (policy GUARANTEED_NO_EVICT)."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,8 @@ class Served:
         matrix = input_tokens * self._matrix_seconds_per_token() * reach
         moved = t.num_collectives * t.message_bytes(input_tokens) / self.peaks.link_bytes_per_s
         moved = (moved + t.activation_bytes(input_tokens) / self.peaks.bandwidth_bytes_per_s) / d.attention_dp_size
-        return LoadFeatures(input_tokens, output_tokens, (matrix + attention) / reach, moved, has_spread)
+        first = np.full_like(has_spread, self.setup.engine.name in PROMPTS_FIRST)
+        return LoadFeatures(input_tokens, output_tokens, (matrix + attention) / reach, moved, has_spread, first)
 
     def _matrix_seconds_per_token(self) -> float:
         """Seconds at peak of one token's matrix FLOPs over the GPUs of a stage, precisions' usual reach divided out."""
@@ -151,7 +158,8 @@ class Served:
         share = concurrency / ranks
         if self.available_bytes is None:
             return np.maximum(share, 1.0)
-        held = max_batches(self.plan, self.available_bytes, np.ceil(input_tokens + MID_REQUEST * output_tokens))
+        reserved = RESERVED_OUTPUT.get(self.setup.engine.name, MID_REQUEST)
+        held = max_batches(self.plan, self.available_bytes, np.ceil(input_tokens + reserved * output_tokens))
         return np.asarray(np.maximum(np.where(held < 1, share, np.minimum(share, held)), 1.0))
 
 
@@ -164,10 +172,10 @@ def serve(request: ItlRequest) -> Served:
 
     """
     size = request.size
-    assert size.model is not None
+    assert size.model is not None and size.gpu is not None
     model, told, note = resolve_model_or_sibling(size.model)
     notes = [note] if note else []
-    engine = resolve_engine(size.engine).name
+    engine, gpu = resolve_engine(size.engine).name, resolve_gpu(size.gpu)
     dtype = size.weight_dtype or told
     deployment = resolve_deployment(
         is_moe=model.is_moe, tp_size=size.tp_size, pp_size=size.pp_size, dp_size=size.dp_size, ep=size.ep,
@@ -188,7 +196,7 @@ def serve(request: ItlRequest) -> Served:
         size = replace(size, engine_version=None)
     kv_dtype = size.kv_cache_dtype
     if not request.kv_dtype_given:
-        kv_dtype, why = assumed_kv_dtype(model, engine, precision, dtype)
+        kv_dtype, why = assumed_kv_dtype(model, gpu, engine, precision, dtype)
         notes += [why] if why else []
     resolved = replace(
         size, model=size.model if note is None else model.name, weight_dtype=dtype, kv_cache_dtype=kv_dtype,

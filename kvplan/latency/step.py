@@ -10,8 +10,10 @@ A step is a sum of parts::
 Experts are read as skewed routing touches them (``touched_share``). Under load each request's tokens also wait for the
 prompts of others: while a request decodes n tokens, every other running one is replaced once, so a token waits for
 others/n prompts. A prompt costs its FLOPs, its messages and hidden states, and the experts that decoding had left
-alone, or the host's launches of a step without a graph where they take longer; at most every step holds prompts. A part
-of the prompts arrive together and wait for each other before anybody decodes. ``step_times`` and ``load_times`` take
+alone, or the host's launches of a step without a graph where they take longer; at most every step holds prompts. Those
+launches hide the decoding of a step that mixes both; SGLang runs prompts in steps of their own, which hide nothing. A
+part of the prompts arrive together and wait for each other before anybody decodes: about half where prompts go first
+and lengths are exact, for requests that start together then end together. ``step_times`` and ``load_times`` take
 floats or arrays.
 """
 
@@ -67,6 +69,7 @@ class LoadFeatures(NamedTuple):
         prefill_flops_s: matrix and attention FLOPs.
         prefill_moved_s: messages between GPUs, and hidden states read and written between matrix products.
         has_spread: whether lengths vary between requests (0 or 1).
+        prompts_first: whether prompts run before, and apart from, decoding (0 or 1).
 
     """
 
@@ -75,6 +78,7 @@ class LoadFeatures(NamedTuple):
     prefill_flops_s: Number
     prefill_moved_s: Number
     has_spread: Number
+    prompts_first: Number
 
 
 class StepTimes(NamedTuple):
@@ -151,13 +155,15 @@ def load_times(parameters: Mapping[str, Number], step: StepFeatures, load: LoadF
     chunk = np.minimum(load.input_tokens, PREFILL_STEP_TOKENS)
     prompt_s = _prompt_s(p, step, load, chunk)
     others = np.maximum(step.sequences - 1, 0)
-    together = 1 / (1 + np.exp(-np.where(load.has_spread, p["together_spread"], p["together_exact"])))
+    exact = np.where(load.prompts_first, p["together_first"], p["together_exact"])
+    together = 1 / (1 + np.exp(-np.where(load.has_spread, p["together_spread"], exact)))
     prompts_a_token = others * (1 - together) / load.output_tokens
     steps_a_token = others / (1 + together * others) / load.output_tokens * (load.input_tokens / chunk)
     launch_s = step.kernels * np.exp(p["prefill_kernel_s"])
     mixed_steps = steps_a_token / (1 + steps_a_token**4) ** 0.25
-    wait_s = _overlapped(prompts_a_token * prompt_s, mixed_steps * launch_s)
-    burst = np.exp(np.where(load.has_spread, 0.0, p["ttft_exact"]))
+    decoding_s = np.where(load.prompts_first, 0.0, mixed_steps * step_s)
+    wait_s = _overlapped(decoding_s + prompts_a_token * prompt_s, mixed_steps * launch_s) - decoding_s
+    burst = np.exp(np.where(np.maximum(load.has_spread, load.prompts_first), 0.0, p["ttft_exact"]))
     ttft_s = (_overlapped(prompt_s, launch_s) + together * others * prompt_s + step_s) * burst
     return LoadTimes(times, (step_s + wait_s) * scale, ttft_s, wait_s * scale)
 

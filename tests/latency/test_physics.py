@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvplan
 from kvplan import KvplanError
+from kvplan.latency.parameters import PARAMETERS
+from kvplan.latency.step import LoadFeatures, StepFeatures, load_times
 
 MODELS = st.sampled_from(["8b", "70b", "qwen3-32b", "gpt-oss-120b", "deepseek-v3", "qwen3-235b-a22b", "gemma-3-27b"])
 GPUS = st.sampled_from(["a100-80gb-sxm", "h100", "h200", "b200", "l40s", "mi300x", "rtx-pro-6000-server"])
@@ -145,6 +148,45 @@ def test_a_server_whose_memory_is_misjudged_is_timed_with_all_its_clients() -> N
     few, many = (kvplan.itl(**load, concurrency=c).load for c in (4, 16))
     assert few is not None and many is not None
     assert (few.running_requests, many.running_requests) == (4, 16)
+
+
+def test_tensorrt_llm_starts_a_request_when_all_of_its_output_fits() -> None:
+    """One H200 with 70B in FP8 holds some 404,000 tokens of FP8 KV: 46 of 8,755 (0.95 of 1,024 + 8,192)."""
+    load = {"model": "70b", "gpu": "h200", "weight_dtype": "fp8", "kv_cache_dtype": "fp8", "input_tokens": 1024,
+            "output_tokens": 8192, "concurrency": 128}  # fmt: skip
+    kept, evicted = (kvplan.itl(**load, engine=engine).load for engine in ("trtllm", "vllm"))
+    assert kept is not None and evicted is not None
+    assert kept.running_requests == 46
+    assert evicted.running_requests > 1.4 * kept.running_requests
+
+
+def test_launches_hide_the_decoding_of_a_step_that_mixes_both() -> None:
+    """Ten sequences, a prompt in nearly every step, launches of 20 ms: beside 10 ms of decoding 10 more, apart 20."""
+    step = StepFeatures(*(np.float64(x) for x in (0.0, 0.0, 0.0, 0.0, 0.0, 0, 1.0, 0.0, 1000, 0, 10)))
+    one = {p.name: np.float64(p.prior_log) for p in PARAMETERS}
+    logs = {"kernel_dense_s": 1e-5, "prefill_kernel_s": 2e-5, "step_s": 1e-12, "sequence_s": 1e-12}
+    never = {"together_exact": np.float64(-50.0), "together_first": np.float64(-50.0)}
+    parameters = one | {name: np.log(value) for name, value in logs.items()} | never
+    beside, apart = (
+        load_times(parameters, step, LoadFeatures(np.float64(100), np.float64(2), 0.0, 0.0, np.float64(0), first))
+        for first in (np.float64(0), np.float64(1))
+    )
+    assert beside.step.total_s == pytest.approx(0.010, rel=1e-6)
+    assert beside.prefill_wait_s == pytest.approx(0.010, rel=0.1)
+    assert apart.prefill_wait_s == pytest.approx(0.020, rel=0.01)
+
+
+def test_prompts_of_equal_length_wait_for_each_other_where_they_run_first() -> None:
+    """SGLang keeps a wave of requests in step, so that more of their prefill lies before the first token."""
+    load = {"model": "70b", "gpu": "h200", "tp_size": 4, "kv_cache_dtype": "bf16", "input_tokens": 4000,
+            "output_tokens": 500, "concurrency": 64}  # fmt: skip
+    before = {}
+    for engine in ("sglang", "trtllm"):
+        found = kvplan.itl(**load, engine=engine, length_spread=0.0).load
+        assert found is not None
+        before[engine] = found.ttft_s / (found.ttft_s + 500 * found.prefill_wait_s)
+    assert 0.2 < before["sglang"] < 0.7
+    assert before["trtllm"] < before["sglang"]
 
 
 def test_one_client_waits_for_nobody() -> None:
