@@ -99,6 +99,11 @@ WholeStep = Annotated[
         rich_help_panel=MEASURING,
     ),
 ]
+WeightDtype = Annotated[
+    str | None,
+    typer.Option("--weight-dtype", help="Of whole steps: bf16, or fp8 (sm89 and later). [default: bf16]",
+                 rich_help_panel=MEASURING),
+]  # fmt: skip
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Of the random data.", rich_help_panel=MEASURING)]
 
 
@@ -122,6 +127,7 @@ def measure_command(
     output: RunDir = None,
     resume: Resume = None,
     whole_step: WholeStep = False,
+    weight_dtype: WeightDtype = None,
     device: Device = "auto",
     compare: Compare = None,
     tolerance: Tolerance = 10.0,
@@ -139,7 +145,8 @@ def measure_command(
         raise InputError(f"--tolerance {tolerance:g} is not a positive percentage")
     fixed = {"--model": model, "--tp": tp, "--num-q-heads": num_q_heads, "--num-kv-heads": num_kv_heads,
              "--head-dim": head_dim, "--kv-cache-dtype": kv_cache_dtype, "--batch": batch, "--ctx": ctx,
-             "--compare": compare, "--output": output, "--whole-step": whole_step or None}  # fmt: skip
+             "--compare": compare, "--output": output, "--whole-step": whole_step or None,
+             "--weight-dtype": weight_dtype}  # fmt: skip
     given = [flag for flag, value in fixed.items() if value is not None]
     if resume is not None and given:
         raise InputError(f"--resume goes on with what the folder says: {given[0]} cannot change it",
@@ -157,7 +164,7 @@ def measure_command(
             context_tokens=tuple(parse_tokens(text, "--ctx") for text in named(ctx, "--ctx")),
             effort="quick" if quick else "thorough", budget_s=_seconds(budget), run_dir=output, resume=resume,
             device=device.strip().lower(), compare=tuple(named(compare, "--compare")), tolerance=tolerance / 100,
-            calibrate=calibrate, seed=seed, whole_step=whole_step,
+            calibrate=calibrate, seed=seed, whole_step=whole_step, weight_dtype=weight_dtype,
         ),
         say=_progress, started_s=started_s,
     )  # fmt: skip

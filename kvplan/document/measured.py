@@ -24,12 +24,14 @@ from kvplan.samples import Sample, read_samples
 class Run:
     """A run folder that was read: where and when it was taken, its samples and its whole steps.
 
-    ``num_corrupt`` is the number of lines in its sample file that hold none.
+    ``model`` and ``weight_dtype`` are those of the whole steps; ``num_corrupt`` is the number of lines in its sample
+    file that hold none.
     """
 
     path: Path
     environment: dict[str, Any]
     model: str | None
+    weight_dtype: str
     samples: list[Sample]
     num_corrupt: int
     steps: list[dict[str, Any]]
@@ -60,7 +62,7 @@ def read_run(path: Path, gpu_name: str) -> Run:
     samples, steps = found.samples, [record for record in folder.records("steps") if _is_step(record)]
     if not samples and not steps:
         raise InputError(f"{path} holds no sample", hint="go on with `kvplan measure --resume`")
-    return Run(path, environment, _model_of(path), samples, len(found.corrupt), steps)
+    return Run(path, environment, *_steps_of(path), samples, len(found.corrupt), steps)
 
 
 def _is_step(record: dict[str, Any]) -> bool:
@@ -70,15 +72,16 @@ def _is_step(record: dict[str, Any]) -> bool:
     return counts and times and isinstance(record.get("kv_dtype"), str)
 
 
-def _model_of(path: Path) -> str | None:
-    """The model that the run's whole steps are of."""
+def _steps_of(path: Path) -> tuple[str | None, str]:
+    """The model that the run's whole steps are of, and the format of its weights."""
     from kvplan.measure.run_folder import read_request
 
     try:
         request = read_request(path)
-        return None if request.model is None else resolve_model(request.model).name
+        name = None if request.model is None else resolve_model(request.model).name
     except KvplanError:
-        return None
+        return None, "bf16"
+    return name, request.step_weight_dtype
 
 
 def slope_ratios(run: Run, shape: tuple[int, int, int] | None) -> dict[str, float]:
@@ -139,10 +142,10 @@ def measured_of(run: Run, formats: Sequence[Format]) -> Measured:
 def _whole_steps(run: Run, served: dict[str, Served], any_served: Served, notes: list[str]) -> list[MeasuredPoint]:
     if not run.steps:
         return []
-    alone = any_served.deployment.num_gpus == 1 and any_served.traits.precision == "bf16"
+    alone = any_served.deployment.num_gpus == 1 and any_served.traits.precision == run.weight_dtype
     if run.model != any_served.model.name or not alone:
         of = run.model or "a model not named"
-        notes.append(f"{len(run.steps)} whole steps left out: they are of {of}, bf16 weights, on one GPU")
+        notes.append(f"{len(run.steps)} whole steps left out: they are of {of}, {run.weight_dtype} weights, on one GPU")
         return []
     return [
         _point("whole_step", record["kv_dtype"], record["batch_size"], record["context_tokens"], record["latency_s"],

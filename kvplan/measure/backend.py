@@ -166,7 +166,7 @@ class StepTimer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
-    """Shapes and sizes that suit a device, bytes of a weight in whole steps, and the seconds that setting up takes."""
+    """Shapes and sizes that suit a device, bytes of a 16-bit weight in whole steps, seconds that setting up takes."""
 
     num_q_heads: int
     num_kv_heads: int

@@ -3,7 +3,7 @@
 For each layer: RMS norm, one matrix for q, k and v, rotary embedding, quantise-and-append, attention over the paged
 cache, output matrix, RMS norm, gate and up as one matrix, SiLU, down. Then the final norm, the LM head and arg max.
 Weights of all layers are disjoint; caches are disjoint over enough layers that none is still in L2 when its turn comes
-again.
+again. FP8 weights are e4m3 with one scale a matrix; activations become e4m3 with a static scale of 1.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from kvplan.measure.plan import Family
 from kvplan.measure.step_plan import StepModel
 
 ROPE_THETA = 500000.0
+E4M3_MAX = 448.0
+LARGEST_SIGMA = 8.0
+"""Standard deviations of a weight that its FP8 scale reaches."""
 
 Attend = Callable[[torch.Tensor, PagedKvCache], torch.Tensor]
 MakeAttend = Callable[[PagedKvCache, int, torch.dtype], Attend]
@@ -36,8 +39,18 @@ class DenseStep:
         self.make_attend, self.append = make_attend, append
         generator = torch.Generator(device).manual_seed(seed)
 
-        def weight(rows: int, columns: int) -> torch.Tensor:
+        self.scales: dict[int, torch.Tensor] = {}
+
+        def wide(rows: int, columns: int) -> torch.Tensor:
             return torch.empty(rows, columns, device=device, dtype=dtype).normal_(0, columns**-0.5, generator=generator)
+
+        def weight(rows: int, columns: int) -> torch.Tensor:
+            drawn = wide(rows, columns)
+            if model.weight_dtype == "bf16":
+                return drawn
+            scale = LARGEST_SIGMA * columns**-0.5 / E4M3_MAX
+            self.scales[columns] = torch.tensor(scale, device=device)
+            return (drawn.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
         shape, hidden, inner = model.shape, model.hidden_size, model.intermediate_size
         qkv = (shape.num_q_heads + 2 * shape.num_kv_heads) * shape.head_dim
@@ -46,7 +59,8 @@ class DenseStep:
             (weight(qkv, hidden), weight(hidden, heads), weight(2 * inner, hidden), weight(hidden, inner))
             for _ in range(model.num_layers)
         ]
-        self.lm_head = weight(model.vocab_size, hidden)
+        self.lm_head = wide(model.vocab_size, hidden)
+        self.one = torch.tensor(1.0, device=device)
         self.norm = torch.ones(hidden, device=device, dtype=dtype)
 
     def time(
@@ -80,14 +94,24 @@ class DenseStep:
         q_heads, kv_heads = shape.num_q_heads, shape.num_kv_heads
         for number, (qkv_weight, out_weight, gate_up_weight, down_weight) in enumerate(self.layers):
             cache = caches[number % len(caches)]
-            qkv = linear(rms_norm(x, size, self.norm), qkv_weight).view(len(x), -1, shape.head_dim)
+            qkv = self._product(rms_norm(x, size, self.norm), qkv_weight).view(len(x), -1, shape.head_dim)
             q_and_k = _rotate(qkv[:, : q_heads + kv_heads], *rope)
             self.append(q_and_k[:, q_heads:].contiguous(), qkv[:, q_heads + kv_heads :].contiguous(), cache, slots)
             attended = attend(q_and_k[:, :q_heads].contiguous(), cache)
-            x = x + linear(attended.reshape(len(x), -1).to(self.dtype), out_weight)
-            gate, up = linear(rms_norm(x, size, self.norm), gate_up_weight).chunk(2, dim=-1)
-            x = x + linear(silu(gate) * up, down_weight)
+            x = x + self._product(attended.reshape(len(x), -1).to(self.dtype), out_weight)
+            gate, up = self._product(rms_norm(x, size, self.norm), gate_up_weight).chunk(2, dim=-1)
+            x = x + self._product(silu(gate) * up, down_weight)
         return linear(rms_norm(x, size, self.norm), self.lm_head).argmax(-1)
+
+    def _product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """X times a weight's transpose; in FP8 with FP32 sums where the weight is."""
+        if weight.dtype != torch.float8_e4m3fn:
+            return linear(x, weight)
+        scale = self.scales[weight.shape[1]]
+        product: torch.Tensor = torch._scaled_mm(
+            x.to(weight.dtype), weight.t(), scale_a=self.one, scale_b=scale, out_dtype=self.dtype
+        )
+        return product
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

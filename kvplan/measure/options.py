@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvplan.errors import InputError
-from kvplan.measure.backend import Backend
-from kvplan.measure.plan import MeasureRequest, Shape, checked_shape, model_shapes, parse_kv_dtypes
+from kvplan.errors import InputError, UnsupportedError, shorten
+from kvplan.measure.backend import Backend, Environment
+from kvplan.measure.plan import WEIGHT_BYTES, MeasureRequest, Shape, checked_shape, model_shapes, parse_kv_dtypes
 from kvplan.measure.step_plan import step_model
 
 DEFAULT_KV_DTYPES = ("bf16", "fp8", "fp8_per_token_head")
 PEERS = {"torch": "torch SDPA", "flashinfer": "FlashInfer XQA", "vllm": "vLLM FlashAttention-3"}
 """What ``--compare`` can put beside ours, and how it is called in reports."""
+FIRST_FP8_ARCHITECTURE = 89
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ class Options:
     calibrate: bool = True
     seed: int = 0
     whole_step: bool = False
+    weight_dtype: str | None = None
 
 
 def resolve_request(options: Options, backend: Backend) -> MeasureRequest:
@@ -61,6 +63,9 @@ def resolve_request(options: Options, backend: Backend) -> MeasureRequest:
     for name in options.compare:
         if name not in PEERS:
             raise InputError(f"--compare {name!r} is not known", hint=f"known: {', '.join(PEERS)}")
+    if options.weight_dtype is not None and not options.whole_step:
+        raise InputError("--weight-dtype is of whole steps: attention has no weights", hint="add --whole-step")
+    weight_dtype = _weight_dtype(options.weight_dtype or "bf16", backend.environment)
     if options.whole_step:
         if options.model is None or options.tp_size != 1:
             raise InputError("--whole-step runs a whole model on one GPU", hint="add --model 8b, and leave out --tp")
@@ -69,8 +74,25 @@ def resolve_request(options: Options, backend: Backend) -> MeasureRequest:
     request = MeasureRequest(
         shapes, parse_kv_dtypes(options.kv_dtypes or DEFAULT_KV_DTYPES), options.batch_sizes or defaults.batch_sizes,
         options.context_tokens or contexts, options.effort, "cpu" if backend.environment.kind == "cpu" else "cuda",
-        options.compare, options.seed, options.model, options.tp_size if options.model else None, steps,
+        options.compare, options.seed, options.model, options.tp_size if options.model else None, steps, weight_dtype,
     )  # fmt: skip
     for family in request.families:
         family.check()
     return request
+
+
+def _weight_dtype(name: str, environment: Environment) -> str:
+    """A weight format that whole steps run with on this device."""
+    found = name.strip().lower()
+    if found not in WEIGHT_BYTES:
+        raise InputError(
+            f"--weight-dtype {shorten(name, 20)!r}: whole steps run with {' or '.join(WEIGHT_BYTES)} weights"
+        )
+    architecture = environment.architecture or ""
+    old = environment.kind == "cuda" and int(architecture.removeprefix("sm") or 0) < FIRST_FP8_ARCHITECTURE
+    if found == "fp8" and (old or environment.kind == "rocm"):
+        raise UnsupportedError(
+            f"fp8 weights: {environment.device_name} ({architecture}) has no FP8 matrix product that torch's scaled_mm "
+            "takes here", hint=f"sm{FIRST_FP8_ARCHITECTURE} and later have; --weight-dtype bf16 runs",
+        )  # fmt: skip
+    return found

@@ -30,6 +30,9 @@ KERNEL_FORMATS = {
 }  # fmt: skip
 """KV dtype by its name in ``kvplan dtypes`` → (element, scale granularity) as the kernels name them."""
 
+WEIGHT_BYTES = {"bf16": 2, "fp8": 1}
+"""Bytes of a weight of a layer, by ``--weight-dtype``; the LM head stays in bf16, as FP8 checkpoints have it."""
+
 GENERIC_ELEMENTS = {"bf16": "bf16", "fp16": "fp16", "fp8": "fp8_e4m3", "int8": "int8"}
 
 
@@ -142,6 +145,7 @@ class MeasureRequest:
     model: str | None = None
     tp_size: int | None = None
     step_context_tokens: tuple[int, ...] = ()
+    step_weight_dtype: str = "bf16"
 
     @property
     def families(self) -> tuple[Family, ...]:
@@ -166,7 +170,9 @@ def request_from_dict(data: dict[str, Any], where: str) -> MeasureRequest:
             name: tuple(data[name])
             for name in ("kv_dtypes", "batch_sizes", "context_tokens", "compare", "step_context_tokens")
         }
-        return MeasureRequest(**{**data, **lists, "shapes": shapes})
+        request = MeasureRequest(**{**data, **lists, "shapes": shapes})
+        WEIGHT_BYTES[request.step_weight_dtype]
+        return request
     except (KeyError, TypeError) as error:
         raise InputError(f"{where}: not the request of a run", hint="start a new run without --resume") from error
 

@@ -102,14 +102,14 @@ def _step_report(run: Run, predictor: Predictor | None) -> StepReport | None:
     records = run.folder.records("steps")
     if not records or run.request.model is None:
         return None
-    model, environment = step_model(run.request.model), run.backend.environment
+    model, environment = step_model(run.request.model, run.request.step_weight_dtype), run.backend.environment
     families = run.request.families
     predict = None
     if predictor is not None and environment.profile:
         predict = StepPredictor(run.request.model, model, environment, predictor.latency_s, predictor.source)
     rows = step_rows(records, families, predict)
     source = predict.source if predict is not None else None
-    return StepReport(model.name, model.weight_bytes, source, rows, step_lines(rows, families))
+    return StepReport(model.name, model.weight_dtype, model.weight_bytes, source, rows, step_lines(rows, families))
 
 
 def _calibrate(run: Run, roof: float) -> CalibrationResult:

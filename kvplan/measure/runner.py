@@ -30,7 +30,7 @@ from kvplan.measure.plan import (
     plan_cells,
 )
 from kvplan.measure.run_folder import RunFolder
-from kvplan.measure.step_plan import WEIGHT_BYTES, distinct_layers, step_model
+from kvplan.measure.step_plan import distinct_layers, step_model
 from kvplan.samples import CorruptLine, Sample
 from kvplan.units import format_bytes, format_bytes_per_s, format_seconds
 
@@ -177,9 +177,10 @@ class Run:
                     self.say(f"{label}: {format_seconds(timed.latency_s)}")
 
     def _steps(self) -> None:
-        model, batch = step_model(self.request.model or ""), max(self.request.batch_sizes)
+        model = step_model(self.request.model or "", self.request.step_weight_dtype)
+        batch = max(self.request.batch_sizes)
         done = {(r["kv_dtype"], r["batch_size"], r["context_tokens"]) for r in self.folder.records("steps")}
-        weights = model.weight_bytes * self.backend.defaults.step_bytes_per_weight // WEIGHT_BYTES
+        weights = model.stored_bytes(self.backend.defaults.step_bytes_per_weight)
         room = int(self.backend.free_bytes() * MEMORY_SHARE)
         free = room - weights
         if free <= 0:

@@ -9,17 +9,16 @@ from typing import Any
 from kvplan.errors import KvplanError, UnsupportedError
 from kvplan.measure.analysis import robust_line
 from kvplan.measure.backend import Environment
-from kvplan.measure.plan import Cell, Family, Shape
+from kvplan.measure.plan import WEIGHT_BYTES, Cell, Family, Shape
 from kvplan.model_config import AttentionCache, resolve_model
 
 LAYER_WEIGHTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DISTINCT_BYTES = 1 << 30
-WEIGHT_BYTES = 2
 
 
 @dataclass(frozen=True, slots=True)
 class StepModel:
-    """What a decode step needs of a dense model, whole on one GPU, weights in bf16."""
+    """What a decode step needs of a dense model, whole on one GPU."""
 
     name: str
     shape: Shape
@@ -27,14 +26,20 @@ class StepModel:
     hidden_size: int
     intermediate_size: int
     vocab_size: int
+    weight_dtype: str = "bf16"
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of weights that a step reads: every layer and the LM head."""
+        return self.stored_bytes(WEIGHT_BYTES["bf16"])
+
+    def stored_bytes(self, bytes_per_wide_weight: int) -> int:
+        """Bytes of weights on a device that keeps those in 16 bits at ``bytes_per_wide_weight``."""
         shape = self.shape
         heads = (2 * shape.num_q_heads + 2 * shape.num_kv_heads) * shape.head_dim
         layer = self.hidden_size * (heads + 3 * self.intermediate_size)
-        return WEIGHT_BYTES * (self.num_layers * layer + self.vocab_size * self.hidden_size)
+        per_weight = bytes_per_wide_weight if self.weight_dtype == "bf16" else WEIGHT_BYTES[self.weight_dtype]
+        return per_weight * self.num_layers * layer + bytes_per_wide_weight * self.vocab_size * self.hidden_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +75,15 @@ class StepReport:
     """The whole decode step of a model."""
 
     model: str
+    weight_dtype: str
     weight_bytes: int
     source: str | None
     rows: list[StepRow]
     lines: list[StepLine]
 
 
-def step_model(reference: str) -> StepModel:
-    """The dense model called ``reference``.
+def step_model(reference: str, weight_dtype: str = "bf16") -> StepModel:
+    """The dense model called ``reference``, its layers' weights in ``weight_dtype``.
 
     Raises:
         UnsupportedError: it is not dense, not plain attention in every layer, or its layers differ.
@@ -97,8 +103,9 @@ def step_model(reference: str) -> StepModel:
     assert isinstance(cache, AttentionCache)
     shape = Shape(cache.num_q_heads, cache.num_kv_heads, cache.head_dim)
     return StepModel(
-        config.name, shape, config.num_layers, config.hidden_size, linear["gate_proj"][0], config.vocab_size
-    )
+        config.name, shape, config.num_layers, config.hidden_size, linear["gate_proj"][0], config.vocab_size,
+        weight_dtype,
+    )  # fmt: skip
 
 
 def distinct_layers(family: Family, batch: int, context: int, num_layers: int) -> int:
@@ -121,7 +128,8 @@ class StepPredictor:
 
         try:
             plan = plan_one({"model": self.model, "gpu": self.environment.gpu, "context_tokens": context,
-                             "batch_size": batch, "kv_cache_dtype": "bf16", "weight_dtype": "bf16"})  # fmt: skip
+                             "batch_size": batch, "kv_cache_dtype": "bf16",
+                             "weight_dtype": self.config.weight_dtype})  # fmt: skip
         except KvplanError:
             return None
         rest = plan.itl_s - plan.breakdown.kv_s

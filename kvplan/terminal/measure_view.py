@@ -122,7 +122,8 @@ def _peers(console: Console, report: MeasureReport) -> None:
 def _steps(console: Console, steps: StepReport) -> None:
     console.print()
     table = make_table("KV dtype", "batch", "context", "ITL", "p10–p90", "predicted", "error",
-                       title=f"Whole decode step: {steps.model}, random weights", right=(1, 2, 3, 4, 5, 6))  # fmt: skip
+                       title=f"Whole decode step: {steps.model}, random {steps.weight_dtype} weights",
+                       right=(1, 2, 3, 4, 5, 6))  # fmt: skip
     for row in steps.rows:
         add_row(
             table, row.kv_dtype, f"{row.batch_size:,}", format_tokens(row.context_tokens), format_seconds(row.itl_s),

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ pytest.importorskip("torch", reason="torch is not installed (the `measure` extra
 import torch
 
 from kvplan.calibration.attention import find_attention
+from kvplan.errors import UnsupportedError
 from kvplan.measure.backend import CellOutOfMemory, KernelFailure
 from kvplan.measure.cpu import CpuBackend
+from kvplan.measure.options import Options, resolve_request
 from kvplan.samples import read_samples
 
 Cli = Callable[..., Ran]
@@ -398,6 +401,36 @@ def test_a_whole_step_of_a_dense_model_is_timed_and_gone_on_with(run: Cli, tmp_p
     assert "Whole decode step: " in again.out
 
 
+def test_a_whole_step_with_fp8_weights_reads_half_the_bytes_of_its_layers(run: Cli, tmp_path: Path) -> None:
+    """By hand: 3 layers · 128 · ((8 + 4) heads · 64 + 3 · 256) of one byte, and 512 · 128 of two: 720,896 bytes."""
+    model = model_folder(tmp_path / "tiny", LLAMA)
+    words = ("--device", "cpu", "--model", model, "--whole-step", "--weight-dtype", "fp8", "--batch", "2",
+             "--ctx", "32,64", "--kv-cache-dtype", "bf16", "-o", "r", "--no-calibrate")  # fmt: skip
+    ran = run(*words, "--json")
+    assert ran.code == 0, ran.err
+    assert ran.json["steps"]["weight_dtype"] == "fp8"
+    assert ran.json["steps"]["weight_bytes"] == 720_896
+    assert [row["context_tokens"] for row in ran.json["steps"]["rows"]] == [32, 64]
+    assert "random fp8 weights" in run("--resume", "r", "--no-calibrate").out
+
+
+def test_weights_of_attention_alone_or_of_an_unknown_format_are_refused(run: Cli) -> None:
+    alone = run("--device", "cpu", "--weight-dtype", "fp8")
+    assert alone.code == 2
+    assert "add --whole-step" in one_line(alone)
+    unknown = run("--device", "cpu", "--weight-dtype", "int3", "--whole-step", "--model", "8b")
+    assert unknown.code == 2
+    assert "whole steps run with bf16 or fp8 weights" in one_line(unknown)
+
+
+@pytest.mark.parametrize(("kind", "architecture"), [("cuda", "sm80"), ("rocm", "gfx942")])
+def test_fp8_weights_are_refused_where_no_product_takes_them(kind: str, architecture: str) -> None:
+    backend = CpuBackend()
+    backend.environment = replace(backend.environment, kind=kind, architecture=architecture)
+    with pytest.raises(UnsupportedError, match="fp8 weights"):
+        resolve_request(Options(model="8b", whole_step=True, weight_dtype="fp8"), backend)
+
+
 def test_a_model_larger_than_memory_has_its_steps_skipped(
     run: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -449,3 +482,24 @@ def test_the_step_computes_what_a_decoder_layer_computes(tmp_path: Path) -> None
     gate, up = (rms_norm(x, (128,)) @ gate_up.T).chunk(2, dim=-1)
     x = x + (silu(gate) * up) @ down.T
     assert torch.equal(got, (rms_norm(x, (128,)) @ step.lm_head.T).argmax(-1))
+
+
+def test_fp8_weights_give_the_product_of_what_they_stand_for() -> None:
+    """Weights as stored, times their scale; activations as e4m3."""
+    from kvplan.measure.dense_step import DenseStep
+    from kvplan.measure.plan import Shape
+    from kvplan.measure.step_plan import StepModel
+
+    model = StepModel("tiny", Shape(2, 1, 64), 1, 128, 96, 50, "fp8")
+    step = DenseStep(model, device="cpu", dtype=torch.float32, append=lambda *_: None, seed=0,
+                     make_attend=lambda *_: lambda q, cache: q)  # fmt: skip
+    wide = DenseStep(replace(model, weight_dtype="bf16"), device="cpu", dtype=torch.float32, append=lambda *_: None,
+                     seed=0, make_attend=lambda *_: lambda q, cache: q)  # fmt: skip
+    assert torch.equal(step.lm_head, wide.lm_head)
+    x = torch.randn(3, 128)
+    for weight, drawn in zip(step.layers[0][:3:2], wide.layers[0][:3:2], strict=True):
+        assert weight.dtype == torch.float8_e4m3fn
+        values = weight.float() * step.scales[128]
+        assert (values - drawn).norm() / drawn.norm() < 0.04
+        expected = x.to(torch.float8_e4m3fn).float() @ values.T
+        assert torch.allclose(step._product(x, weight), expected, rtol=1e-4, atol=1e-4)
