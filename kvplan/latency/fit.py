@@ -4,8 +4,9 @@ Each parameter of a row is its common value plus the offsets of the row's levels
 deployments, layouts and engine versions are Student-t, so that an odd deployment keeps its oddity to itself instead of
 bending its GPU, engine and family. Residuals of ln TPOT are Student-t too: a mislabelled row has little pull. Large
 groups must not outvote small ones: a row weighs √(min(1, 10 / rows of its group)). A doubtful row moves only the
-offsets of the engine version it names, and nothing if its requests waited longer than they decoded, which says that the
-stated clients did not run at once. Levenberg–Marquardt with reweighted least squares.
+offsets of the engine version it names. Requests that waited longer than they decoded did not all run at once: such a
+row moves nothing where its label is doubtful or the plan has memory for all of them. Levenberg–Marquardt with
+reweighted least squares.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Observations:
 def observe(served: Sequence[Served], points: Sequence[tuple[float, float, float]], tpot_s: Floats, ttft_s: Floats,
             suspect: Floats) -> Observations:  # fmt: skip
     """Features of measured rows: ``points`` are (input tokens, output tokens, concurrency), lengths not stated."""
-    steps, loads, limits = [], [], []
+    steps, loads, limits, held = [], [], [], []
     nan = np.full(1, np.nan)
     for one, point in zip(served, points, strict=True):
         inputs, outputs, clients = (np.array([value], dtype=float) for value in point)
@@ -74,11 +75,13 @@ def observe(served: Sequence[Served], points: Sequence[tuple[float, float, float
         loads.append(load)
         ranks = one.deployment.attention_dp_size
         limits.append(float(clients[0]) / ranks <= float(running[0]) / SATURATED * 0.999)
+        held.append(float(clients[0]) / ranks <= float(running[0]))
     traits = tuple(one.traits for one in served)
     groups = Counter(t.group for t in traits)
     weight = np.array([min(1.0, GROUP_WEIGHT_ROWS / groups[t.group]) ** 0.5 for t in traits])
-    weight = weight * ~((suspect > 0) & (ttft_s > tpot_s * np.array([point[1] for point in points])))
     narrow = np.array([not t.is_wide for t in traits])
+    waited = ttft_s > tpot_s * np.array([point[1] for point in points])
+    weight = weight * ~(waited & ((suspect > 0) | (np.array(held) & narrow)))
     load = LoadFeatures(*(np.concatenate(column) for column in zip(*loads, strict=True)))
     return Observations(
         StepFeatures(*(np.concatenate(column) for column in zip(*steps, strict=True))),

@@ -14,8 +14,8 @@ from kvplan.latency.served import Served, serve
 POINTS = [(isl, osl, c) for isl, osl in ((1024, 1024), (8192, 1024)) for c in (1, 4, 16, 64)]
 
 
-def served(gpu: str, engine: str, version: str = "1.0") -> Served:
-    request = {"model": "70b", "gpu": gpu, "engine": engine, "engine_version": version, "tp_size": 4,
+def served(gpu: str, engine: str, version: str = "1.0", tp_size: int = 4) -> Served:
+    request = {"model": "70b", "gpu": gpu, "engine": engine, "engine_version": version, "tp_size": tp_size,
                "kv_cache_dtype": "bf16", "weight_dtype": "fp8"}  # fmt: skip
     return serve(make_itl_request(request))
 
@@ -62,11 +62,13 @@ def test_an_odd_deployment_keeps_its_oddity() -> None:
     assert np.median(np.abs(errors[3 * len(POINTS) :])) < 0.15
 
 
-def test_requests_that_wait_longer_than_they_decode_count_only_when_their_labels_are_sound() -> None:
-    one = served("h200", "vllm")
-    tpot, long_wait = np.array([0.01, 0.01]), np.array([20.0, 20.0])  # 10 s of decoding
-    found = observe([one, one], [(1024.0, 1024.0, 8.0)] * 2, tpot, long_wait, np.array([0.0, 1.0]))
-    assert found.weight[0] > 0 and found.weight[1] == 0
+def test_requests_that_wait_longer_than_they_decode_count_only_where_memory_makes_them_wait() -> None:
+    """10 s of decoding after 20 s; 70B in FP8 with 16-bit KV leaves one H200 room for some 200,000 tokens."""
+    one = served("h200", "vllm", tp_size=1)
+    tpot, long_wait = np.full(4, 0.01), np.array([1.0, 20.0, 20.0, 20.0])
+    points = [(1024.0, 1024.0, clients) for clients in (8.0, 8.0, 512.0, 512.0)]
+    found = observe([one] * 4, points, tpot, long_wait, np.array([0.0, 0.0, 0.0, 1.0]))
+    assert (found.weight > 0).tolist() == [True, False, True, False]
 
 
 def test_prompts_that_arrive_together_move_time_from_tpot_to_ttft() -> None:
