@@ -417,3 +417,28 @@ def test_the_script_keeps_its_promises_in_a_process_of_its_own(tmp_path: Path) -
     done = subprocess.run([*KVPLAN, "size", "--model", folder], text=True, capture_output=True,
                           env={**os.environ, "NO_COLOR": "1"})  # fmt: skip
     assert_one_line(Ran(done.returncode, done.stdout, done.stderr))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("size", "--ctx", "32,768"),
+        ("size", "--ctx", "131,072"),
+        ("size", "--ctx", "1,048,576"),
+        ("size", "--batch", "1,024"),
+        ("itl", "--gpu", "h200", "--ctx", "16,384"),
+        ("itl", "--gpu", "h200", "--ctx", "262,144"),
+    ],
+)
+def test_a_number_with_its_thousands_marked_is_not_taken_for_a_list(kvplan_cli: Cli, options: tuple[str, ...]) -> None:
+    command, *rest = options
+    line = assert_one_line(kvplan_cli(command, "--model", "8b", *rest))
+    assert "reads as one number and as a list" in line
+    assert f"write {rest[-1].replace(',', '')}, or" in line
+
+
+@pytest.mark.parametrize("contexts", ["512,768", "32, 768", "1k,768", "4096,8192"])
+def test_lists_of_contexts_stay_lists(kvplan_cli: Cli, contexts: str) -> None:
+    ran = kvplan_cli("size", "--model", "8b", "--gpu", "h200", "--ctx", contexts)
+    assert ran.code == 0, ran.err
+    assert ran.out.count("768") >= 1 or "8k" in ran.out or "8,192" in ran.out

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvplan.cli import complete, options
-from kvplan.cli.lists import counts, size_bytes, words
+from kvplan.cli.lists import contexts, counts, size_bytes, words
 from kvplan.cli.stated import refuse_beside_cases
 from kvplan.errors import InputError, KvplanError, UnknownNameError, shorten
 from kvplan.units import parse_tokens
@@ -148,7 +148,7 @@ def contexts_of(text: str) -> list[int]:
 
     """
     found: list[int] = []
-    for word in words(text):
+    for word in contexts(text, "--ctx"):
         if ".." not in word:
             found.append(parse_tokens(word, "--ctx"))
             continue

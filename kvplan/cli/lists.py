@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from itertools import pairwise
+
 from kvplan.errors import InputError, shorten
 from kvplan.units import parse_bytes, parse_tokens
 
 MOST = 2**30
+_GROUPED = re.compile(r"\d{1,3}(,\d{3})+")
+SHORT_CONTEXT = 256
+"""A first context below this, before three digits, is read as thousands: ``32,768`` is hardly a list."""
 
 
 def words(text: str | None) -> list[str]:
@@ -23,7 +29,32 @@ def named(text: str | None, flag: str) -> list[str]:
     found = words(text)
     if text is not None and not found:
         raise InputError(f"{flag} has no value", hint=f"leave {flag} out, or give it one")
+    _refuse_thousands(text or "", flag)
     return found
+
+
+def contexts(text: str | None, flag: str) -> list[str]:
+    """The words of a list of contexts, which ``32,768`` is not.
+
+    Raises:
+        InputError: the option was given and holds none, or reads as one number.
+
+    """
+    _refuse_thousands(text or "", flag, SHORT_CONTEXT)
+    return named(text, flag)
+
+
+def _refuse_thousands(text: str, flag: str, least: int = 0) -> None:
+    """Raise InputError where a list of numbers is rather one number with its thousands marked."""
+    if not _GROUPED.fullmatch(text.strip()):
+        return
+    parts = text.strip().split(",")
+    ascending = all(int(a) < int(b) for a, b in pairwise(parts))
+    if not ascending or int(parts[0]) < least or any(part.startswith("0") for part in parts):
+        raise InputError(
+            f"{flag} {shorten(text.strip(), 30)} reads as one number and as a list",
+            hint=f"write {''.join(parts)}, or, for a list, a space after each comma",
+        )
 
 
 def counts(text: str, flag: str, most: int = MOST) -> list[int]:
@@ -34,6 +65,7 @@ def counts(text: str, flag: str, most: int = MOST) -> list[int]:
 
     """
     found = []
+    _refuse_thousands(text, flag)
     for word in words(text):
         if not (word.isascii() and word.isdigit()) or not 1 <= int(word[:20]) <= most:
             raise InputError(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from kvplan.cli import options
-from kvplan.cli.lists import counts, named, size_bytes, tokens
+from kvplan.cli.lists import contexts, counts, named, size_bytes, tokens
 from kvplan.cli.stated import refuse_beside_cases, stated
 from kvplan.errors import AnswerIsNo, InputError, KvplanError, UnknownNameError, shorten
 
@@ -110,7 +110,7 @@ def size_command(
         "dp_size": counts(dp, "--dp"),
         "dcp_size": counts(dcp, "--dcp"),
         "kv_cache_dtype": named(kv_cache_dtype, "--kv-cache-dtype"),
-        "context_tokens": [tokens(text, "--ctx") for text in named(ctx, "--ctx")],
+        "context_tokens": [tokens(text, "--ctx") for text in contexts(ctx, "--ctx")],
         "batch_size": [] if batch is None else counts(batch, "--batch"),
     }
     planner = _planner(from_log, context, fixed, lists)

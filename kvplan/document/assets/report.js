@@ -16,11 +16,13 @@
   const size = (bytes) => Math.abs(bytes) >= GIB / 100 || bytes === 0 ? gib(bytes) : `${(bytes / MIB).toFixed(2)} MiB`;
   const short = (tokens) => tokens === 0 ? "0" : tokens % 1048576 === 0 ? `${tokens / 1048576}M` : tokens % 1024 === 0 ? `${tokens / 1024}k` : count(tokens);
 
+  const rate = (value) => value >= 99.95 ? count(Math.round(value)) : value.toPrecision(3);
+
   function seconds(value) {
     for (const [unit, name] of [[1, "s"], [1e-3, "ms"], [1e-6, "µs"]]) {
       if (value >= unit * 0.9995 || name === "µs") {
         const scaled = value / unit;
-        return scaled >= 99.95 ? `${count(Math.round(scaled))} ${name}` : `${scaled.toPrecision(3)} ${name}`;
+        return `${rate(scaled)} ${name}`;
       }
     }
     return "";
@@ -63,9 +65,9 @@
     const none = known ? "does not fit" : "unknown";
     const itl = at("itl_s"), tpot = at("tpot_s"), ttft = at("ttft_s");
     put("w-itl", itl === null ? "–" : seconds(itl), itl === null ? none : `80%: ${seconds(at("itl_low_s"))} to ${seconds(at("itl_high_s"))}`);
-    put("w-tpot", tpot === null ? "–" : seconds(tpot), tpot === null ? none : `${(1 / tpot).toPrecision(3)} tokens/s a user`);
+    put("w-tpot", tpot === null ? "–" : seconds(tpot), tpot === null ? none : `${rate(1 / tpot)} tokens/s a user`);
     put("w-ttft", ttft === null ? "–" : seconds(ttft), ttft === null ? none : "each user asks again when answered");
-    put("w-rate", tpot === null ? "–" : `${(users / tpot / grid.num_gpus).toPrecision(3)} tok/s`, tpot === null ? none : "output tokens, under load");
+    put("w-rate", tpot === null ? "–" : `${rate(users / tpot / grid.num_gpus)} tok/s`, tpot === null ? none : "output tokens, under load");
     clearTimeout(speaking);
     speaking = setTimeout(() => {
       byId("w-live").textContent = `${people(users)} at ${count(context)} tokens with ${surface.kv_cache_dtype}: `
