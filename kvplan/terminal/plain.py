@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TextIO
 
 from kvplan.terminal.console import is_styled, page_width
@@ -36,14 +36,23 @@ class Page:
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
         """Columns as wide as their widest cell, under a dim heading and a rule.
 
-        Where the page is too narrow, text is cut, the last columns first.
+        Where the page is too narrow, text is cut, the last columns first, then left out, which a line below says; the
+        first column, names to type, is cut only where nothing else is left.
         """
         widths = [max(len(row[i]) for row in (columns, *rows)) for i in range(len(columns))]
-        while sum(widths) + 2 * (len(widths) - 1) > self.width:
-            text = [i for i in range(len(widths)) if i not in right and widths[i] > MIN_COLUMN]
-            if not text:
+        texts = [i for i in range(1, len(widths)) if i not in right]
+        left_out: list[str] = []
+        while texts and self._excess(min(w, MIN_COLUMN) if i in texts else w for i, w in enumerate(widths)) > 0:
+            last = texts.pop()
+            left_out.insert(0, columns[last])
+            columns, rows = _without(columns, last), [_without(row, last) for row in rows]
+            widths.pop(last)
+            right = [i - (i > last) for i in right]
+        while self._excess(widths) > 0:
+            wide = [i for i in texts or [0] if widths[i] > MIN_COLUMN]
+            if not wide:
                 break
-            widths[text[-1]] -= 1
+            widths[wide[-1]] -= 1
 
         def joined(cells: Sequence[str]) -> str:
             cut = [c if len(c) <= w else f"{c[: w - 1]}…" for c, w in zip(cells, widths, strict=True)]
@@ -56,6 +65,17 @@ class Page:
         self.raw("─" * (sum(widths) + 2 * (len(widths) - 1)))
         for row in rows:
             self.raw(joined(row))
+        if left_out:
+            self.line(f"left out on a page this narrow: {', '.join(left_out)}", "dim")
+
+    def _excess(self, widths: Iterable[int]) -> int:
+        """Characters by which columns of these widths are wider than the page."""
+        found = list(widths)
+        return sum(found) + 2 * (len(found) - 1) - self.width
+
+
+def _without(cells: Sequence[str], position: int) -> tuple[str, ...]:
+    return (*cells[:position], *cells[position + 1 :])
 
 
 def wrap(text: str, width: int) -> list[str]:
