@@ -49,10 +49,11 @@ def size_from_log(log: str | Path | ServerReport, *, compare: bool = True, **cha
         log: the log (``-`` is stdin), or what ``kvplan.check.log.read_log`` made of it.
         compare: as for ``size``.
         **changes: fields of ``SizeRequest`` that differ from the server's (``kv_cache_dtype="fp8"``, ``tp_size=2``,
-            ``context_tokens`` …), or that it does not report (``gpu``, ``model``).
+            ``context_tokens``, another ``model`` or ``gpu`` …), or that it does not report (``gpu``, ``model``).
 
     Returns:
-        The plan; memory terms whose ``source`` is ``reported`` are the server's own.
+        The plan; memory terms whose ``source`` is ``reported`` are the server's own, those that a change moves or that
+        hold for another model or GPU only are ``planned``.
 
     Raises:
         KvplanError: nothing is understood, no KV memory is reported, or a change is impossible.
@@ -60,8 +61,9 @@ def size_from_log(log: str | Path | ServerReport, *, compare: bool = True, **cha
     """
     from pathlib import Path
 
+    from kvplan.check.identity import IDENTITY
     from kvplan.check.log import read_log
-    from kvplan.check.what_if import IDENTITY, WhatIf
+    from kvplan.check.what_if import WhatIf
 
     report = read_log(Path(log)) if isinstance(log, str | Path) else log
     changes = {name: value for name, value in changes.items() if value is not None}

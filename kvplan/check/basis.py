@@ -19,6 +19,9 @@ SETTINGS = ("engine_version", "tp_size", "pp_size", "dp_size", "dcp_size", "ep",
             "enable_prefix_caching")  # fmt: skip
 """Facts that are fields of a sizing request under the same name."""
 
+SHAPE = ("num_layers", "num_kv_heads", "head_dim")
+"""Fields that describe a model without a name."""
+
 TORCH_DTYPES = {"float8_e4m3fn": "fp8_e4m3", "float8_e5m2": "fp8_e5m2", "uint8": "nvfp4"}
 STORED_AS = {
     "fp8": "fp8", "awq": "int4", "gptq": "int4", "int4": "int4", "w4a16": "int4", "4bit": "int4", "nvfp4": "nvfp4",
@@ -66,11 +69,11 @@ def basis_of(report: ServerReport, given: Mapping[str, Any]) -> Basis:
     if dtype is not None:
         options["kv_cache_dtype"] = dtype
     if "gpu" not in given and "gpu_memory_bytes" not in given:
-        options |= _gpu(report)
+        options |= gpu_of(report)
     fixed = report.value("kv_cache_given_bytes")
     if fixed is not None:
         options["kv_cache_memory_bytes"] = fixed
-    if not given.keys() & {"model", "num_layers", "num_kv_heads", "head_dim"}:
+    if not given.keys() & {"model", *SHAPE}:
         options |= _model(report, notes)
     longest = report.number("max_model_len_tokens")
     if longest is not None and "max_model_len_tokens" not in given and given.get("context_tokens", 0) > longest:
@@ -93,7 +96,7 @@ def _kv_dtype(report: ServerReport, notes: list[str]) -> str | None:
         return None
 
 
-def _gpu(report: ServerReport) -> dict[str, Any]:
+def gpu_of(report: ServerReport) -> dict[str, Any]:
     """The GPU the server names, else one of the memory it reports."""
     found: dict[str, Any] = {}
     total = report.value("total_bytes")
@@ -112,6 +115,17 @@ def _block(report: ServerReport, model: str | None) -> dict[str, Any]:
     if block is None or (model is not None and "state" in resolve_model(model).cache_kinds):
         return {}
     return {"block_size_tokens": block}
+
+
+def model_of(report: ServerReport) -> dict[str, Any] | None:
+    """The model the server names, and how its weights are stored where that is not the checkpoint's own.
+
+    None where it names none, or none that is known here.
+    """
+    try:
+        return _model(report, [])
+    except InputError:
+        return None
 
 
 def _model(report: ServerReport, notes: list[str]) -> dict[str, Any]:

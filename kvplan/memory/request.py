@@ -13,8 +13,9 @@ from typing import Any, Literal
 from kvplan.errors import InputError, closest, shorten
 from kvplan.units import MAX_BYTES, MAX_TOKENS, parse_bytes, parse_tokens
 
-Source = Literal["exact", "assumed", "calibrated", "given", "reported", "roofline"]
-"""Where a number comes from: an engine's rule, an estimate, a fit, the user, a server, a physical bound."""
+Source = Literal["exact", "assumed", "calibrated", "given", "reported", "planned", "roofline"]
+"""Where a number comes from: an engine's rule, an estimate, a fit, the user, a server, a server otherwise configured, a
+physical bound."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import Ran
 
 import kvplan
 from kvplan.errors import InputError
+from kvplan.memory.plan import SizePlan
 from kvplan.units import GIB
 
 LOGS = Path(__file__).parent / "logs"
@@ -23,8 +25,8 @@ def test_unchanged_it_is_the_server_as_it_reported_itself() -> None:
     assert plan.memory.weights_bytes == round(15.0 * GIB)
     assert plan.request.max_model_len_tokens == 131072
     reported = {name for name, term in plan.memory.sources.items() if term.source == "reported"}
-    assert reported == {"usable_bytes", "weights_bytes", "activation_bytes", "graph_bytes", "overhead_bytes",
-                        "kv_cache_bytes"}  # fmt: skip
+    assert reported == {"total_bytes", "usable_bytes", "weights_bytes", "activation_bytes", "graph_bytes",
+                        "overhead_bytes", "kv_cache_bytes"}  # fmt: skip
     assert plan.memory.sources["kv_cache_bytes"].detail == "line 4: Available KV cache memory: 56.21 GiB"
     assert plan.advice[0].code == "from_log"
 
@@ -56,6 +58,93 @@ def test_memory_that_is_given_is_not_called_reported() -> None:
 def test_a_smaller_fraction_takes_its_share_of_the_gpu() -> None:
     plan = kvplan.size_from_log(LLAMA, gpu_memory_utilization=0.9)
     assert KV - (plan.memory.kv_cache_bytes or 0) == pytest.approx(0.02 * 79.25 * GIB, abs=2)
+
+
+def sources(plan: SizePlan) -> dict[str, str | None]:
+    return {name.removesuffix("_bytes"): term.source for name, term in plan.memory.sources.items()}
+
+
+def adds_up(plan: SizePlan) -> bool:
+    """Usable less every term that is shown with a minus is the KV memory, give or take two decimals of each."""
+    memory = plan.memory
+    inside = [name for name, term in memory.sources.items() if not term.detail.startswith("outside")]
+    terms = sum(getattr(memory, name) for name in inside if name not in ("total_bytes", "usable_bytes"))
+    return abs((memory.usable_bytes or 0) - terms) < 0.05 * GIB
+
+
+def test_the_column_adds_up_with_graphs_that_were_made_after_the_cache_outside() -> None:
+    """72.91 − 15.00 − 1.44 − 0.26 = 56.21: the 0.23 GiB of graphs came on top."""
+    plan = kvplan.size_from_log(LLAMA)
+    assert adds_up(plan) and plan.memory.sources["graph_bytes"].detail.startswith("outside the fraction: line 6")
+
+
+def test_weights_and_kv_memory_of_another_model_are_planned_not_reported() -> None:
+    """131.4 GiB of 16-bit weights on the log's GPU of 79.25 GiB."""
+    plan = kvplan.size_from_log(LLAMA, model="70b")
+    assert plan.fits is False and plan.memory.weights_bytes == pytest.approx(131.42 * GIB, rel=0.001)
+    assert sources(plan) == {"total": "reported", "usable": "reported", "overhead": "reported", "weights": "planned",
+                             "activation": "planned", "graph": "planned", "kv_cache": "planned"}  # fmt: skip
+    assert adds_up(plan)
+    assert "not of 70b" in plan.advice[1].message
+    four = kvplan.size_from_log(LLAMA, model="70b", tp_size=4)
+    assert four.fits and adds_up(four) and sources(four)["overhead"] == "planned"  # NCCL's buffers come
+
+
+def test_the_servers_own_model_by_another_name_keeps_its_terms() -> None:
+    plan, same = kvplan.size_from_log(LLAMA), kvplan.size_from_log(LLAMA, model="8b")
+    assert (same.memory, same.kv_cache, same.fits) == (plan.memory, plan.kv_cache, plan.fits)
+
+
+@pytest.mark.parametrize(("gpu", "usable", "fits"), [({"gpu": "l4"}, 20.27, False), ({"gpu": "h200"}, 128.62, True),
+                                                     ({"gpu_memory_bytes": 141 * 10**9}, 120.81, True)])  # fmt: skip
+def test_another_gpu_keeps_the_weights_and_has_its_own_kv_memory(
+    gpu: dict[str, Any], usable: float, fits: bool
+) -> None:
+    plan = kvplan.size_from_log(LLAMA, **gpu)
+    assert plan.memory.usable_bytes == pytest.approx(usable * GIB, rel=0.001)
+    assert plan.fits is fits and adds_up(plan)
+    assert plan.memory.weights_bytes == round(15.0 * GIB)
+    found = sources(plan)
+    assert (found["weights"], found["usable"], found["overhead"], found["kv_cache"]) == (
+        "reported", "planned", "planned", "planned")  # fmt: skip
+
+
+def test_the_servers_own_gpu_by_name_has_the_memory_the_driver_reported() -> None:
+    plan, named = kvplan.size_from_log(LLAMA), kvplan.size_from_log(LLAMA, gpu="a100-80gb-sxm")
+    assert named.memory.kv_cache_bytes == KV and named.memory.total_bytes == plan.memory.total_bytes
+    assert sources(named) == sources(plan)
+
+
+def test_a_moved_term_is_planned_and_says_what_was_reported() -> None:
+    plan = kvplan.size_from_log(LLAMA, weight_dtype="fp8")
+    assert sources(plan)["weights"] == sources(plan)["kv_cache"] == "planned" and adds_up(plan)
+    assert plan.memory.sources["weights_bytes"].detail.startswith("line 3: Model loading took 15.0 GiB; −")
+
+
+def test_where_a_log_names_neither_model_nor_gpu_the_figures_tell_whether_they_are_the_servers(tmp_path: Path) -> None:
+    """15 GiB of weights are no 70B's, and 71 GiB of weights and KV no L4's."""
+    bare = tmp_path / "bare.log"
+    lines = LLAMA.read_text().replace("meta-llama/Llama-3.1-8B-Instruct", "/models/ours").splitlines()
+    bare.write_text("\n".join(lines[:5]) + "\n")
+    own = kvplan.size_from_log(bare, model="8b", gpu="a100-80gb-sxm")
+    assert own.memory.kv_cache_bytes == KV and sources(own)["weights"] == "reported"
+    assert kvplan.size_from_log(bare, model="8b", gpu="l4").fits is False
+    assert kvplan.size_from_log(bare, model="70b", gpu="a100-80gb-sxm").fits is False
+    with pytest.raises(InputError, match="not of 70b: its KV memory must be planned"):
+        kvplan.size_from_log(bare, model="70b")
+
+
+def test_figures_that_do_not_add_up_are_said_to_count_as_reported(tmp_path: Path) -> None:
+    odd = tmp_path / "odd.log"
+    odd.write_text(LLAMA.read_text().replace("memory: 56.21", "memory: 46.21"))
+    messages = [advice.message for advice in kvplan.size_from_log(odd).advice]
+    assert any("leave 55.98 GiB of usable memory, 46.21 GiB follow" in message for message in messages)
+
+
+def test_the_command_answers_no_for_a_model_or_gpu_too_small(kvplan_cli: Callable[..., Ran]) -> None:
+    for words in (["--model", "70b"], ["--gpu", "l4"]):
+        asked = kvplan_cli("size", "--from-log", str(LLAMA), *words, "--check")
+        assert asked.code == 1 and "DOES NOT FIT" in asked.out and "planned" in asked.out
 
 
 def test_what_cannot_be_worked_out_is_said() -> None:
