@@ -25,7 +25,7 @@ class GpuSpec:
         memory_bandwidth_bytes_per_s: peak, from the datasheet.
         dense_flops_per_s: dense peak per dtype (``bf16``, ``fp8`` …); None where the hardware has no such unit.
         link_bytes_per_s: one direction of the GPU-to-GPU link.
-        facts: field → where the figure comes from.
+        facts: field → where the figure comes from; a ``caveat`` of the memory says how it is not what programs see.
 
     """
 

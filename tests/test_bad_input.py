@@ -188,6 +188,8 @@ def test_an_unknown_name_gets_the_closest_ones(kvplan_cli: Cli, option: str, val
         ("--engine-version", "latest"),
         ("--max-num-seqs", "0"),
         ("--params", "many"),
+        ("--params", "80B"),
+        ("--window", "4k"),
         ("--layers", "3"),
         ("--no-such-option", "3"),
         ("--ctx", "64k", "--max-model-len", "32k"),

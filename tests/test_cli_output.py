@@ -18,6 +18,7 @@ SNAPSHOTS = {
     "latent_replicated": "size --model deepseek-r1 --gpu h200 --tp 8 --ctx 32k --batch 32",
     "does_not_fit": "size --model 405b --gpu h100 --tp 8 --ctx 128k --batch 16",
     "sweep": "size --model 70b --gpu h100 --tp 1,2,4,8 --ctx 32k",
+    "sweep_without_gpu": "size --model 70b --ctx 8k,16k --batch 1,2",
     "explain": "size --model gpt-oss-120b --gpu h100 --ctx 32k --batch 4 --explain",
     "flags_only": "size --layers 80 --kv-heads 8 --head-dim 128 --ctx 32k --params 70B --gpu h200 --tp 2",
     "gpus": "gpus",

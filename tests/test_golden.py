@@ -533,3 +533,12 @@ def test_a_longest_request_that_keeps_the_engine_from_starting_is_said_to_be_wha
     assert headline.startswith("No: vllm does not start, for its longest request, 131,072 tokens, does not fit")
     short = kvplan.size(**asked, batch_size=4, max_model_len_tokens=131072)
     assert short.fits is False and short.too_long_tokens is None
+
+
+@pytest.mark.parametrize("gpu", ["a10", "h100-pcie"])
+def test_memory_that_the_driver_counts_and_programs_do_not_see_is_not_called_exact(gpu: str) -> None:
+    """Their profiles hold nvidia-smi's total; that of an H100 SXM is what CUDA reports."""
+    total = kvplan.size(model="8b", gpu=gpu, context_tokens=8192).memory.sources["total_bytes"]
+    assert total.source == "assumed" and "programs see 0.5 to 2% less" in total.detail
+    seen = kvplan.size(model="8b", gpu="h100", context_tokens=8192).memory.sources["total_bytes"]
+    assert seen.source == "exact" and "as programs see it" in seen.detail

@@ -17,7 +17,8 @@ from kvplan.document.precisions import kernel_ratios, precisions_of, small_forma
 from kvplan.document.provenance import audit_of, fingerprints_of
 from kvplan.document.schema import Report
 from kvplan.document.surfaces import contexts_of, users_of, what_if
-from kvplan.dtypes import kv_format
+from kvplan.dtypes import AUTO, canonical_kv_dtype, kv_format
+from kvplan.latency.kv import assumed_kv_dtype
 
 
 def build(options: Mapping[str, Any]) -> Report:
@@ -71,6 +72,19 @@ def _scalar(value: Any) -> Any:
 
 
 def _notes(plans: Plans) -> list[str]:
-    """What was read into the model and the request."""
+    """What was read into the model and the request, less what is advice already."""
     model = plans.size.model.notes if plans.size.model is not None else ()
-    return list(model) + list(() if plans.line is None else plans.line.plans[0].facts.notes)
+    line, advice = plans.line, {item.message for item in plans.size.advice}
+    if line is None:
+        return list(model)
+    notes = [*model, *(note for note in line.plans[0].facts.notes if note not in advice)]
+    if canonical_kv_dtype(plans.question.size.kv_cache_dtype) == AUTO and plans.question.refused is None:
+        served = line.served
+        assumed, _ = assumed_kv_dtype(served.model, served.gpu, served.traits.engine, served.traits.precision,
+                                      plans.question.size.weight_dtype)  # fmt: skip
+        if assumed not in (AUTO, plans.cache.kv_cache_dtype):
+            notes.append(
+                f"times are of {plans.cache.kv_cache_dtype} KV, the engine's default; `kvplan itl` takes {assumed} for "
+                f"this deployment unless told: --kv-cache-dtype {assumed} reports on that"
+            )
+    return notes

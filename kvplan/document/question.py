@@ -74,8 +74,12 @@ def make_question(options: Mapping[str, Any]) -> Question:
     shape = next((name for name in SHAPE_FIELDS if name in given), None)
     if shape is not None:
         raise InputError(f"a report needs a model, not {shape}", hint="`kvplan size` plans a model from flags")
-    lengths = [_length(name, own.get(name)) for name in ("input_tokens", "output_tokens")]
-    if None not in lengths and "context_tokens" not in given:
+    loads = ("input_tokens", "output_tokens")
+    lengths = [_length(name, own.get(name)) for name in loads]
+    if "context_tokens" not in given and any(lengths):
+        missing = [name for name, length in zip(loads, lengths, strict=True) if length is None]
+        if missing:
+            raise InputError(f"a load needs {missing[0]} too", hint="--isl 8k --osl 1k, or add the context: --ctx 9k")
         given["context_tokens"] = sum(length or 0 for length in lengths)
     size = make_request(given)
     if size.model is None:

@@ -205,6 +205,7 @@ def serve(request: ItlRequest) -> Served:
     )  # fmt: skip
     setup = set_up(resolved)
     plan = cache_plan(setup)
+    notes += plan.warnings
     traffic = make_traffic(model, plan, deployment, dtype)
     assert setup.gpu is not None
     stored = plan.kv_cache_dtype

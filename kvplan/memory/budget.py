@@ -116,9 +116,12 @@ def _given(value: int | None, flag: str) -> Term | None:
 def _total(gpu: GpuSpec | None) -> Term:
     if gpu is None:
         return Term(None, None, "no GPU named", "--gpu or --gpu-memory")
-    stated = gpu.facts.get("memory_bytes", {}).get("source", "")
-    given = stated if stated == "--gpu-memory" or "NVML" in stated else f"as programs see it (profile {gpu.name})"
-    return Term(gpu.memory_bytes, "exact", f"{gpu.display_name}, {given}", "--gpu-memory")
+    fact = gpu.facts.get("memory_bytes", {})
+    stated, caveat = fact.get("source", ""), fact.get("caveat")
+    seen = f"{caveat or 'as programs see it'} (profile {gpu.name})"
+    given = stated if stated == "--gpu-memory" or "NVML" in stated else seen
+    return Term(gpu.memory_bytes, "exact" if caveat is None else "assumed", f"{gpu.display_name}, {given}",
+                "--gpu-memory")  # fmt: skip
 
 
 def _usable(inputs: BudgetInputs, total: Term, weights: Term, others: int) -> Term:

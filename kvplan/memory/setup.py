@@ -95,6 +95,8 @@ def _model_of(request: SizeRequest) -> tuple[ModelConfig, bool]:
     shape = {"--layers": request.num_layers, "--kv-heads": request.num_kv_heads, "--head-dim": request.head_dim}
     given = [flag for flag, value in shape.items() if value is not None]
     if request.model is not None:
+        others = {"--params": request.num_parameters, "--window": request.window_tokens}
+        given += [flag for flag, value in others.items() if value is not None]
         if given:
             raise InputError(f"--model and {given[0]} describe the model twice", hint="give one or the other")
         return resolve_model(request.model), True

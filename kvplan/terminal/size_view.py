@@ -263,22 +263,38 @@ def show_sweep(
         _line(console, f"{plans[0].model.name} · {plans[0].kv_cache.engine} {plans[0].kv_cache.engine_version}", "bold")
         console.print()
     columns = [SHORT_NAMES.get(name, name) for name in varied]
-    columns += ["KV GiB", "capacity", "max batch", "max ctx", "fits"]
+    budgeted = any(plan.memory.kv_cache_bytes is not None for plan in plans)
+    columns += ["KV GiB", "capacity", "max batch", "max ctx", "fits"] if budgeted else ["B/token", "request", "KV"]
     table = make_table(*columns, right=tuple(range(len(columns))))
     for plan in plans:
-        answers = plan.answers
         values = [getattr(plan.request, name) for name in varied]
         cells = [f"{value:,}" if isinstance(value, int) else str(value) for value in values]
-        kv = plan.memory.kv_cache_bytes
-        cells += [
-            "–" if kv is None else f"{kv / 2**30:,.2f}" if kv > 0 else "none",
-            "–" if plan.kv_cache.capacity_tokens is None else f"{plan.kv_cache.capacity_tokens:,}",
-            "–" if answers.max_batch_at_context is None else f"{answers.max_batch_at_context:,}",
-            "–" if answers.max_context_at_batch_tokens is None else f"{answers.max_context_at_batch_tokens:,}",
-            {True: "yes", False: "no", None: "?"}[plan.fits],
-        ]
-        add_row(table, *cells)
+        add_row(table, *cells, *(_held(plan) if budgeted else _needed(plan)))
     console.print(table)
+    if plans and not budgeted:
+        _line(console, "  B/token and request: on one GPU; KV: of all requests, on all GPUs", "dim")
     for chosen, message in failures:
         shown = ", ".join(f"{name} {value}" for name, value in chosen.items())
         _line(console, f"  {shown}: no: {message}", "dim")
+
+
+def _held(plan: SizePlan) -> list[str]:
+    """What the memory of one GPU holds."""
+    answers, kv = plan.answers, plan.memory.kv_cache_bytes
+    return [
+        "–" if kv is None else f"{kv / 2**30:,.2f}" if kv > 0 else "none",
+        "–" if plan.kv_cache.capacity_tokens is None else f"{plan.kv_cache.capacity_tokens:,}",
+        "–" if answers.max_batch_at_context is None else f"{answers.max_batch_at_context:,}",
+        "–" if answers.max_context_at_batch_tokens is None else f"{answers.max_context_at_batch_tokens:,}",
+        {True: "yes", False: "no", None: "?"}[plan.fits],
+    ]
+
+
+def _needed(plan: SizePlan) -> list[str]:
+    """What is needed whatever the GPU: bytes of a token and of a request, and of all requests."""
+    cache = plan.kv_cache
+    return [
+        _per_token(cache.bytes_per_token).removesuffix(" B"),
+        format_bytes(cache.bytes_per_request),
+        format_bytes(plan.answers.kv_needed_bytes),
+    ]

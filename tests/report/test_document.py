@@ -276,6 +276,17 @@ def test_times_that_nothing_was_measured_for_say_so() -> None:
 # ------------------------------------------------------------------------------------------------------------- what if
 
 
+def test_a_report_on_other_kv_than_itl_takes_says_so() -> None:
+    """An unstated KV dtype is the engine's own here, and what public deployments run in `kvplan itl`."""
+    asked: dict[str, Any] = {"model": "deepseek-v3", "gpu": "b200", "tp_size": 8, "context_tokens": 8192}
+    report = kvplan.report(**asked, date=DATE)
+    assert report.deployment.kv_cache_dtype == "bfloat16"
+    assert kvplan.itl(**asked).facts.request["kv_cache_dtype"] == "fp8"
+    assert [note for note in report.notes if "`kvplan itl` takes fp8" in note]
+    assert "\n- Note: times are of bfloat16 KV" in report.as_markdown()
+    assert not kvplan.report(**asked, kv_cache_dtype="bf16", date=DATE).notes
+
+
 def test_the_grid_says_what_single_plans_say(chat: Report) -> None:
     grid = chat.what_if
     for surface in grid.surfaces:
@@ -341,6 +352,8 @@ def test_an_engine_without_the_format_has_no_command_but_a_reason() -> None:
      ({"model": "70b", "gpu": "h200", "nonsense": 1}, "unknown report field 'nonsense'"),
      ({"model": "70b", "gpu": "h200", "tp": 4, "tp_size": 4}, "tp_size is given twice"),
      ({"model": "70b", "gpu": "h200", "isl": "32k", "osl": "1k", "ctx": "8k"}, "longer than the context"),
+     ({"model": "8b", "gpu": "h200", "isl": "8k", "concurrency": 32}, "a load needs output_tokens too"),
+     ({"model": "8b", "gpu": "h200", "output_tokens": "1k"}, "a load needs input_tokens too"),
      ({"model": "70b", "gpu": "h200", "compare": "fp7"}, "unknown KV-cache dtype 'fp7'"),
      ({"model": "70b", "gpu": "h200", "compare": "auto"}, "auto is none"),
      ({"model": "70b", "gpu": "h200", "compare": ""}, "compare names 0"),

@@ -75,6 +75,10 @@ def plan_cache(rules: Rules, model: ModelConfig, options: EngineOptions) -> Cach
             for page in _pages(cache, rules, model, fmt, block, options):
                 buckets.setdefault(page, []).append((index, page))
     groups = tuple(make_group(members) for members in buckets.values())
+    asked = ".".join(map(str, options.version or ()))
+    warnings = () if not asked or _is_of(asked, rules.version) else (
+        f"no rules were read for {rules.name} {asked}: those of {rules.version} are used",
+    )  # fmt: skip
     return CachePlan(
         engine=rules.name,
         version=rules.version,
@@ -86,7 +90,13 @@ def plan_cache(rules: Rules, model: ModelConfig, options: EngineOptions) -> Cach
         unified_pool=False,
         dcp_size=options.dcp_size,
         rules=(("block size", f"{block} tokens", rules.source),),
+        warnings=warnings,
     )
+
+
+def _is_of(version: str, series: str) -> bool:
+    """``0.5.10`` is of ``0.5``, ``0.50`` is not."""
+    return f"{version}.".startswith(f"{series}.")
 
 
 def _format(rules: Rules, model: ModelConfig, options: EngineOptions) -> KvFormat:
