@@ -13,7 +13,7 @@ from kvplan.calibration.attention import REGIMES
 from kvplan.calibration.attention_model import INDEX, PARAMETERS, latency_s
 from kvplan.calibration.geometry import ONE_KERNEL, Dispatch, Geometry, Hardware
 from kvplan.calibration.map_fit import STAGES, Fit, fit
-from kvplan.calibration.samples import Points
+from kvplan.calibration.samples import Points, refused_by_kind
 from kvplan.errors import InputError
 
 Array = NDArray[Any]
@@ -160,19 +160,27 @@ def usable_dtypes(points: Points) -> tuple[str, ...]:
     """KV dtypes of ``points``, bf16 first.
 
     Raises:
-        InputError: a dtype has fewer than 8 usable samples; the hint says what to measure next.
+        InputError: a dtype has fewer than 8 usable samples; says why others were refused, or what to measure next.
 
     """
     names = sorted(set(points.kv_dtype), key=lambda name: (name != "bfloat16", name))
     if not names:
-        raise InputError(f"no usable samples: at least {MIN_SAMPLES} a KV dtype are needed", hint=_next(None))
+        raise _too_few(f"no usable samples: at least {MIN_SAMPLES} a KV dtype are needed", points, None)
     for name in names:
         have = points.take(points.kv_dtype == name)
-        if len(have) < MIN_SAMPLES:
-            raise InputError(
-                f"{len(have)} usable samples of {name}: at least {MIN_SAMPLES} a KV dtype are needed", hint=_next(have)
-            )
+        if (count := len(have)) < MIN_SAMPLES:
+            samples = "sample" if count == 1 else "samples"
+            text = f"{count} usable {samples} of {name}: at least {MIN_SAMPLES} a KV dtype are needed"
+            raise _too_few(text, points, have)
     return tuple(names)
+
+
+def _too_few(text: str, points: Points, have: Points | None) -> InputError:
+    """What was refused is counted by reason: mending it comes before measuring more."""
+    if not points.refused:
+        return InputError(text, hint=_next(have))
+    hint = f"{points.refused[0]}; check --gpu, and that latency_s is in seconds"
+    return InputError(f"{text}; {refused_by_kind(points.refused)}", hint=hint)
 
 
 def _next(have: Points | None) -> str:

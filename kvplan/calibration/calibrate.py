@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvplan import profiles
 from kvplan.calibration.attention import AttentionCalibration
-from kvplan.calibration.attention_fit import best_fit, learn_dispatch, usable_dtypes
+from kvplan.calibration.attention_fit import MIN_SAMPLES, best_fit, learn_dispatch, usable_dtypes
 from kvplan.calibration.document import attention_document
 from kvplan.calibration.geometry import hardware_of
 from kvplan.calibration.priors import candidate_priors
@@ -24,10 +25,16 @@ from kvplan.errors import InputError, shorten
 from kvplan.gpu import GpuSpec
 
 Array = NDArray[Any]
+UNITS = "latency_s is in seconds, of one layer: divide milliseconds by 1,000, microseconds by 1,000,000"
 PREDICTED = ("predicted_s", "low_s", "high_s")
 LARGE_KV_BYTES = 64e6
 LARGE_CONTEXT_TOKENS = 1024
 CONTEXT_TOKENS = 128
+SLOWEST_SHARE, SLOWEST_LAUNCH_S = 1 / 50, 1e-3
+"""Kernels read a layer's KV at more of the datasheet's bandwidth than this share, beside a shorter launch: 2 in 1,000
+rows of the public tables take longer, and all of them would with milliseconds read as seconds."""
+USELESS_ERROR = 0.5
+"""Median error on its own samples above which a fit says nothing about others."""
 
 
 @dataclass(frozen=True)
@@ -59,29 +66,68 @@ def calibrate_file(
     """The calibration document of a file of samples, and the points it was fitted from.
 
     Raises:
-        InputError: the file cannot be read, its samples name another GPU, or a KV dtype has fewer than 8 usable ones.
+        InputError: the file cannot be read, its samples name another GPU, a KV dtype has fewer than 8 usable ones, or
+            they are slower than any kernel of ``gpu``, or the fit is far from its own samples.
 
     """
-    _, rows = read_rows(samples)
+    _, rows = read_rows(samples, need_latency=True)
     _refuse_other_gpus(rows, gpu)
     points = refuse_impossible(read_points(rows), rows, gpu)
+    _refuse_other_units(points, gpu)
     sources = [{"name": "kvplan calibrate", "file": samples.name}]
     today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
     document = calibrate_points(
         points, gpu, name=name, engine=engine, engine_version=engine_version, sources=sources, date=today,
         calibrations=calibrations,
     )  # fmt: skip
+    _refuse_useless(document)
     return document, points
+
+
+def _refuse_other_units(points: Points, gpu: GpuSpec) -> None:
+    """Refuse latencies most of which no kernel of a GPU could need; a CPU has no datasheet to tell by."""
+    peak = gpu.memory_bandwidth_bytes_per_s
+    if peak is None or gpu.vendor == "cpu":
+        return
+    slow = points.latency_s > SLOWEST_LAUNCH_S + kv_bytes(points) / (SLOWEST_SHARE * peak)
+    for dtype in sorted(set(points.kv_dtype)):
+        if np.mean(slow[points.kv_dtype == dtype]) > 0.5:
+            raise InputError(
+                f"most samples of {dtype} take {SLOWEST_LAUNCH_S * 1e3:g} ms more than {gpu.name} needs for their KV "
+                f"at {SLOWEST_SHARE:.0%} of its bandwidth: no kernel is so slow",
+                hint=UNITS,
+            )
+
+
+def _refuse_useless(document: Mapping[str, Any]) -> None:
+    """Refuse a fit that is far from its own samples."""
+    for dtype, entry in document["kv_dtypes"].items():
+        for kernel in (entry, entry["other_kernel"]):
+            if kernel is None or kernel["num_samples"] < MIN_SAMPLES:
+                continue
+            if (error := kernel["residuals"]["median_error"]) > USELESS_ERROR:
+                raise InputError(
+                    f"no calibration comes of the samples of {dtype}: half of them are more than {error:.0%} away from "
+                    "the best fit",
+                    hint=UNITS,
+                )
 
 
 def _refuse_other_gpus(rows: Sequence[Row], gpu: GpuSpec) -> None:
     environments = (row.values.get("environment") for row in rows)
     named = {str(found["gpu"]) for found in environments if isinstance(found, Mapping) and found.get("gpu")}
-    if others := sorted(named - {gpu.name}):
-        raise InputError(
-            f"samples were taken on {shorten(', '.join(others), 60)}, not on {gpu.name}",
-            hint=f"--gpu {shorten(others[0], 40)}" if len(named) == 1 else "give the samples of one GPU",
+    others = sorted(named - {gpu.name})
+    if not others:
+        return
+    hint = "give the samples of one GPU"
+    if len(named) == 1:
+        known = profiles.find("gpus", others[0])
+        hint = (
+            f"--gpu {known}"
+            if known
+            else f"kvplan has no profile of it; samples of {gpu.name} come from `kvplan measure` there"
         )
+    raise InputError(f"samples were taken on {shorten(', '.join(others), 60)}, not on {gpu.name}", hint=hint)
 
 
 def calibrate_points(

@@ -7,7 +7,8 @@ import gzip
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,12 @@ INTEGER_COLUMNS = {
     "batch_size": 2**24, "context_tokens": 2**40, "num_q_heads": 2**16, "num_kv_heads": 2**16, "head_dim": 2**14,
 }  # fmt: skip
 REQUIRED = (*INTEGER_COLUMNS, "window_tokens", "kv_dtype", "latency_s")
+LATENCY = REQUIRED[-1]
 SHAPE_COLUMNS = REQUIRED[:-1]
 GEOMETRY_COLUMNS = (*INTEGER_COLUMNS, "head_dim_v", "window_tokens")
 MAX_LATENCY_S = 3600.0
+IN_OTHER_UNITS = {"_ms": "1,000", "_us": "1,000,000", "_ns": "1,000,000,000"}
+"""How a column of times in another unit ends, and what makes seconds of it."""
 KERNEL_COLUMNS = ("kernel_source", "kernel")
 GRANULAR = {"token_head": "per_token_head", "per_token_head": "per_token_head"}
 
@@ -47,13 +51,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Refused:
-    """A point that was set aside: where it stood and why."""
+    """A point that was set aside: where it stood and why; the values of that line come after ``kind``."""
 
     line: int
     reason: str
 
     def __str__(self) -> str:
         return f"line {self.line}: {self.reason}"
+
+    @property
+    def kind(self) -> str:
+        """What is wrong, without the values of the line: up to the first ``, not`` or colon."""
+        return self.reason.split(", not ")[0].split(": ")[0]
 
 
 @dataclass(frozen=True)
@@ -83,11 +92,20 @@ class Points:
         return make_geometry([self.columns[name] for name in GEOMETRY_COLUMNS], kv_dtype)
 
 
-def read_rows(path: Path) -> tuple[list[str], list[Row]]:
+def refused_by_kind(refused: Sequence[Refused], limit: int = 3) -> str:
+    """``refused: 40 faster than h200 can be, 4 kv_dtype is missing``: the commonest kinds; empty without any."""
+    kinds = Counter(item.kind for item in refused).most_common()
+    shown = [f"{count:,} {shorten(kind)}" for kind, count in kinds[:limit]]
+    if rest := sum(count for _, count in kinds[limit:]):
+        shown.append(f"{rest:,} for other reasons")
+    return f"refused: {', '.join(shown)}" if shown else ""
+
+
+def read_rows(path: Path, need_latency: bool = False) -> tuple[list[str], list[Row]]:
     """Column names and rows of a CSV (``.csv``, ``.csv.gz``) or JSONL file, corrupt lines marked and kept in place.
 
     Raises:
-        InputError: the file cannot be read, is empty, or its header lacks a column.
+        InputError: the file cannot be read, is empty, or lacks a column; ``latency_s`` counts where it is needed.
 
     """
     text = _text(path)
@@ -101,6 +119,8 @@ def read_rows(path: Path) -> tuple[list[str], list[Row]]:
     for row in rows:
         for name in row.values:
             names.setdefault(name)
+    if need_latency and names and LATENCY not in names:
+        raise _lacking(path, [LATENCY], names)
     return list(names), rows
 
 
@@ -178,7 +198,7 @@ def _csv_rows(text: str, path: Path) -> Iterator[Row]:
         raise InputError(f"{path}: neither CSV nor JSONL") from error
     missing = [name for name in SHAPE_COLUMNS if name not in header]
     if missing:
-        raise InputError(f"{path}: the header lacks {', '.join(missing)}", hint=f"columns: {', '.join(REQUIRED)}")
+        raise _lacking(path, missing, header)
     while True:
         try:
             cells = next(reader, None)
@@ -192,6 +212,15 @@ def _csv_rows(text: str, path: Path) -> Iterator[Row]:
         values = dict(zip(header, cells, strict=False))
         wrong = f"{len(cells)} cells where the header has {len(header)}" if len(cells) != len(header) else None
         yield Row(reader.line_num, values, wrong)
+
+
+def _lacking(path: Path, missing: Sequence[str], names: Iterable[str]) -> InputError:
+    """The error of missing columns; a time in another unit is what ``latency_s`` is made of."""
+    hint = f"columns: {', '.join(REQUIRED)}"
+    other = next((name for name in names if name[-3:] in IN_OTHER_UNITS), None) if LATENCY in missing else None
+    if other is not None:
+        hint = f"divide {shorten(other, 40)} by {IN_OTHER_UNITS[other[-3:]]} and call it {LATENCY}: seconds"
+    return InputError(f"{path}: no column {', '.join(missing)}", hint=hint)
 
 
 def _json_rows(text: str) -> Iterator[Row]:
@@ -250,7 +279,7 @@ def _number(values: Mapping[str, Any], name: str) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"{name} {shorten(value, 24)!r} is not a number") from error
+        raise InputError(f"{name} must be a number, not {shorten(value, 24)!r}") from error
     return number
 
 

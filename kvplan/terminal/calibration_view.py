@@ -28,7 +28,7 @@ class Errors(Protocol):
 
 
 def show_fit(console: Console, document: Mapping[str, Any]) -> None:
-    """One line a KV dtype and kernel: samples, intercept, effective bandwidth, median and p90 of the residuals."""
+    """One line a KV dtype and kernel: samples, intercept, bandwidth, residuals; and what the other kernel is."""
     columns = ("KV dtype", "samples", "intercept", "bandwidth", "of peak", "from L2", "error", "p90")
     table = make_table(*columns, right=(1, 2, 3, 4, 5, 6, 7))
     peak = document["hardware"]["memory_bandwidth_bytes_per_s"]
@@ -38,9 +38,16 @@ def show_fit(console: Console, document: Mapping[str, Any]) -> None:
             table, name, f"{entry['num_samples']:,}", format_seconds(entry["intercept_s"]),
             f"{bandwidth / 1e12:.2f} TB/s", format_percent(bandwidth / peak, 0),
             f"{entry['l2_bandwidth_bytes_per_s'] / 1e12:.1f} TB/s",
-            *(format_percent(residuals[key]) if residuals else "-" for key in ("median_error", "p90_error")),
+            *(format_percent(residuals[key]) if residuals else "–" for key in ("median_error", "p90_error")),
         )  # fmt: skip
     console.print(table)
+    others = [entry["other_kernel"] for entry in document["kv_dtypes"].values() if entry.get("other_kernel")]
+    if others:
+        unseen = (
+            "" if all(entry["num_samples"] for entry in others) else "; without samples its figures are the prior's"
+        )
+        text = f"(2) is the engine's other kernel, for {_dispatched(document['other_kernel'])}{unseen}"
+        console.print(text, markup=False)
 
 
 def show_errors(console: Console, lines: Sequence[Errors]) -> None:
@@ -64,7 +71,6 @@ def show_attention(console: Console, document: Mapping[str, Any], origin: str) -
     entries = list(document["kv_dtypes"].values())
     _show_parameters(console, list(document["kv_dtypes"]), entries)
     if all(entry["other_kernel"] for entry in entries):
-        console.print(f"(2) is the engine's other kernel, for {_dispatched(document['other_kernel'])}", markup=False)
         _show_parameters(console, list(document["kv_dtypes"]), [entry["other_kernel"] for entry in entries])
     meanings = make_table("parameter", "what it is", wrap=(1,))
     for key, about in entries[0]["parameters"].items():
