@@ -24,10 +24,16 @@ KERNELS_SHARE = 0.5
 """Correlation that the prior expects between an engine's two kernels."""
 NOISE_SCALES = (0.7, 1.8)
 """Width of the residual law for KV streamed from memory and for small KV, in units of the fit's stages."""
+SHORT_TOKENS = 128
+SHORT_SCALE = 2.0
+"""Shorter contexts stray further still: kernels read them in tiles, with code of their own."""
 AROUND = 0.8
 """Spreads of the prior by which further starts lie around its mean."""
 ANNEAL_ROWS = 2500
 """Rows a dtype that the annealed search sees; the last stage sees all of them."""
+EVIDENCE_SCALE = 2.0
+"""Log evidence by which a prior must fall behind to count 1/e in the mean of priors."""
+NAMED_SHARE = 0.1
 DERIVED_SPREAD = 1.5
 MIN_HALF_WIDTH = 0.02
 
@@ -116,9 +122,10 @@ def log_model_of(
 
 
 def noise_scale(cases: Geometry, hw: Hardware) -> Array:
-    """How far measurements stray from any form, relative: KV streamed from memory least, small KV 2.5 times as far."""
+    """How far measurements stray from any form, relative: streamed KV least, small KV and short contexts further."""
     streamed, small = NOISE_SCALES
-    return np.asarray(streamed + (small - streamed) / (1 + (cases.kv_bytes / hw.l2_nominal) ** 2))
+    scale = streamed + (small - streamed) / (1 + (cases.kv_bytes / hw.l2_nominal) ** 2)
+    return np.asarray(scale * np.where(cases.context < SHORT_TOKENS, SHORT_SCALE, 1.0))
 
 
 def fit_prior(
@@ -147,13 +154,43 @@ def best_fit(
     points: Points, dtypes: tuple[str, ...], hw: Hardware, priors: Sequence[Prior], num_starts: int = 1
 ) -> AttentionFit:
     """The fit whose prior the samples favour; of many samples, some choose it and all settle it."""
-    limit = ANNEAL_ROWS * len(dtypes)
-    some = points
-    if len(points) > limit:
-        some = points.take(np.random.default_rng(0).choice(len(points), limit, replace=False))
+    some = _some(points, len(dtypes))
     fits = (fit_prior(some, dtypes, hw, prior, num_starts=num_starts) for prior in priors)
     best = max(fits, key=lambda found: found.fit.evidence)
     return best if some is points else fit_prior(points, dtypes, hw, best.prior, start=best.fit.theta)
+
+
+def blended_fit(points: Points, dtypes: tuple[str, ...], hw: Hardware, priors: Sequence[Prior]) -> AttentionFit:
+    """The fit under the mean of the priors, weighted by how well each explains the samples.
+
+    Few samples seldom tell two kernels apart; the mean of those that fit predicts better than the best of them, and
+    wrong samples cannot tip it from one to another. Only priors with the best one's dispatch take part.
+    """
+    some = _some(points, len(dtypes))
+    fits: dict[str, AttentionFit] = {}
+    for found in (fit_prior(some, dtypes, hw, prior) for prior in priors):
+        kept = fits.get(found.prior.name)
+        if kept is None or found.fit.evidence > kept.fit.evidence:
+            fits[found.prior.name] = found
+    best = max(fits.values(), key=lambda found: found.fit.evidence)
+    close = [found for found in fits.values() if found.prior.dispatch == best.prior.dispatch]
+    weight = np.exp([(found.fit.evidence - best.fit.evidence) / EVIDENCE_SCALE for found in close])
+    weight /= weight.sum()
+    mean, spread, start = (
+        np.tensordot(weight, np.array(values), 1)
+        for values in zip(*((found.prior.mean, found.prior.spread, found.fit.theta) for found in close), strict=True)
+    )
+    named = sorted(zip(weight, close, strict=True), key=lambda item: -item[0])
+    name = "; ".join(f"{share:.0%} {found.prior.name}" for share, found in named if share >= NAMED_SHARE)
+    return fit_prior(points, dtypes, hw, Prior(name, mean, spread, best.prior.dispatch), start=start)
+
+
+def _some(points: Points, num_dtypes: int) -> Points:
+    """All points, or as many of them as the annealed search can see."""
+    limit = ANNEAL_ROWS * num_dtypes
+    if len(points) <= limit:
+        return points
+    return points.take(np.random.default_rng(0).choice(len(points), limit, replace=False))
 
 
 def usable_dtypes(points: Points) -> tuple[str, ...]:

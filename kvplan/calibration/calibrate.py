@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kvplan import profiles
 from kvplan.calibration.attention import AttentionCalibration
-from kvplan.calibration.attention_fit import MIN_SAMPLES, best_fit, learn_dispatch, usable_dtypes
+from kvplan.calibration.attention_fit import MIN_SAMPLES, blended_fit, learn_dispatch, usable_dtypes
 from kvplan.calibration.document import attention_document
 from kvplan.calibration.geometry import hardware_of
 from kvplan.calibration.priors import candidate_priors
@@ -138,7 +138,7 @@ def calibrate_points(
     dtypes = usable_dtypes(points)
     hw = hardware_of(gpu)
     priors = candidate_priors(dtypes, gpu.name, calibrations, learn_dispatch(points))
-    found = best_fit(points, dtypes, hw, priors)
+    found = blended_fit(points, dtypes, hw, priors)
     return attention_document(
         found, points, gpu, hw, name=name, engine=engine, engine_version=engine_version, sources=sources, date=date
     )

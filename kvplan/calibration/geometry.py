@@ -15,7 +15,7 @@ from kvplan.gpu import GpuSpec
 Array = NDArray[Any]
 WIDE_GROUP = 32
 """Query heads a KV head that fast decode kernels serve at most."""
-XQA_HEAD_DIMS = (64, 128, 256)
+XQA_MAX_HEAD_DIM = 256
 XQA_PIECE_TOKENS = 128
 XQA_MIN_PIECES = 33
 HBM_PARTITIONED_L2 = (80, 90, 100, 103)
@@ -129,12 +129,12 @@ def not_xqa(g: Geometry) -> Array:
     """Cases that TensorRT-LLM sends to its masked multi-head kernel instead of XQA (``mayHavePerfGain`` of its
     ``DecoderXQARunner``).
 
-    XQA serves 2 to 32 query heads a KV head of width 64, 128 or 256; with 16-bit KV only where pieces of 128 tokens
+    XQA serves 2 to 32 query heads a KV head of up to 256 elements; with 16-bit KV only where pieces of 128 tokens
     are a quarter of the SMs (33 of the 132 of Hopper).
     """
     is_wide = g.token_bytes >= 2 * g.head_dim + 2 * g.head_dim_v
     few = g.batch * g.kv_heads * np.maximum(g.context // XQA_PIECE_TOKENS, 1) < XQA_MIN_PIECES
-    other = (g.group < 2) | (g.group > WIDE_GROUP) | ~np.isin(g.head_dim, XQA_HEAD_DIMS)
+    other = (g.group < 2) | (g.group > WIDE_GROUP) | (g.head_dim > XQA_MAX_HEAD_DIM)
     return np.asarray(other | (is_wide & few))
 
 

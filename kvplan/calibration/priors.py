@@ -1,7 +1,8 @@
 """What calibrations that ship say about a kernel before it is measured: the priors a few samples are fitted under.
 
 Several kernels are tried: "like the others" (medians and spreads over all shipped calibrations), and "like this one"
-for each shipped calibration, closest for the same GPU. The samples choose by evidence (``map_fit.Fit.evidence``).
+for each shipped calibration, closest for the same GPU. They are averaged by the evidence that the samples give for
+each (``attention_fit.blended_fit``).
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ Array = NDArray[Any]
 MIN_SPREAD = 0.02
 SLOTS_SPREAD = 0.1
 WIDEN = 1.2
-LIKE_ANOTHER = 0.8
-SHAPE_FACTOR = 0.5
+LIKE_ANOTHER = 0.5
+SHAPE_FACTOR = 0.35
 SAME_GPU = (0.3, 0.1, 0.03)
 INFORMED = 1.2
 """A calibration informs a parameter when its spread is below this many built-in spreads."""

@@ -16,7 +16,7 @@ from kvplan.calibration.store import SHIPPED
 from kvplan.dtypes import KV_FORMATS, canonical_kv_dtype
 from kvplan.errors import KvplanError, ProfileError, shorten
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 OTHER_SCHEMA_VERSION = 1
 KIND = "attention"
 OTHER_KINDS = ("all_reduce", "gemm", "mla_decode", "moe")

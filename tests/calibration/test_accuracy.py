@@ -29,12 +29,12 @@ from kvplan.calibration.priors import shipped
 SEEDS = 3
 UNSEEN = {
     # table: (dtype, median and p90 of large KV, median and p90 of context ≥ 128), plain shapes of one dtype
-    "h100_sxm-vllm-0.19.0": ("bfloat16", 0.02, 0.08, 0.05, 0.15),
-    "h200_sxm-vllm-0.22.0": ("bfloat16", 0.03, 0.10, 0.05, 0.15),
-    "h100_sxm-sglang-0.5.10": ("bfloat16", 0.03, 0.10, 0.06, 0.16),
-    "b200_sxm-trtllm-1.3.0rc20": ("bfloat16", 0.03, 0.14, 0.06, 0.18),
-    "l40s-sglang-0.5.14": ("bfloat16", 0.04, 0.15, 0.06, 0.25),
-    "a100_sxm-vllm-0.14.0": ("bfloat16", 0.04, 0.14, 0.07, 0.22),
+    "h100_sxm-vllm-0.19.0": ("bfloat16", 0.02, 0.07, 0.05, 0.13),
+    "h200_sxm-vllm-0.22.0": ("bfloat16", 0.025, 0.07, 0.04, 0.12),
+    "h100_sxm-sglang-0.5.10": ("bfloat16", 0.025, 0.08, 0.05, 0.13),
+    "b200_sxm-trtllm-1.3.0rc20": ("bfloat16", 0.042, 0.13, 0.06, 0.15),
+    "l40s-sglang-0.5.14": ("bfloat16", 0.02, 0.10, 0.05, 0.20),
+    "a100_sxm-vllm-0.14.0": ("bfloat16", 0.044, 0.13, 0.065, 0.21),
 }
 KNOWN = [
     ("a100_sxm-vllm-0.14.0", "bfloat16"), ("h200_sxm-vllm-0.22.0", "fp8_e4m3"),

@@ -94,14 +94,15 @@ def test_bytes_of_a_token_count_scales_and_narrow_values():
 
 
 def test_tensorrt_llm_leaves_xqa_for_few_16_bit_pieces_and_for_other_groups():
-    """33 pieces of 128 tokens on 132 SMs; 8-bit KV goes to XQA whatever its size; MHA and groups above 32 never."""
+    """33 pieces of 128 tokens on 132 SMs; 8-bit KV goes to XQA whatever its size; MHA, groups above 32 and heads wider
+    than 256 never."""
     rule = Dispatch(rule="tensorrt-llm-xqa")
     one = {"batch": 1, "context": 1, "kv_heads": 1, "group": 8, "head_dim": 128, "window": 0}
     assert rule.num_kernels == 2 and ONE_KERNEL.num_kernels == 1
     assert rule.other(cases(one, context=[4096, 33 * 128])).tolist() == [True, False]
     assert rule.other(cases(one, "fp8", context=[1, 4096])).tolist() == [False, False]
     assert rule.other(cases({**one, "batch": 512}, group=[1, 2, 32, 64])).tolist() == [True, False, False, True]
-    assert rule.other(cases({**one, "batch": 512}, head_dim=[64, 192, 256])).tolist() == [False, True, False]
+    assert rule.other(cases({**one, "batch": 512}, head_dim=[64, 192, 512])).tolist() == [False, False, True]
 
 
 def test_listed_shapes_go_to_the_other_kernel():
