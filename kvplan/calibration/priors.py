@@ -25,8 +25,10 @@ Array = NDArray[Any]
 MIN_SPREAD = 0.02
 SLOTS_SPREAD = 0.1
 WIDEN = 1.2
-LIKE_ANOTHER = 0.5
-SHAPE_FACTOR = 0.35
+LIKE_ANOTHER = 0.8
+SHAPE_FACTOR = 0.5
+CLOSER = 0.6
+"""A second, narrower spread that each shipped calibration is tried with."""
 SAME_GPU = (0.3, 0.1, 0.03)
 INFORMED = 1.2
 """A calibration informs a parameter when its spread is below this many built-in spreads."""
@@ -81,7 +83,7 @@ def candidate_priors(
         like = np.array([_theta(calibration, flag, means)[: dispatch.num_kernels] for flag in narrow])
         factor = np.where(shape, SHAPE_FACTOR, LIKE_ANOTHER)
         closer = SAME_GPU if calibration.gpu == gpu else ()
-        for scale in (factor, *(np.full(len(factor), value) for value in closer)):
+        for scale in (factor, CLOSER * factor, *(np.full(len(factor), value) for value in closer)):
             width = np.maximum(spread * scale, MIN_SPREAD)
             width[slots] = min(SLOTS_SPREAD, width[slots])
             priors.append(Prior(f"like {calibration.name}", like, width, dispatch))
