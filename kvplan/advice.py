@@ -38,7 +38,7 @@ def advise(setup: Setup, plan: CachePlan, answer: SizePlan) -> tuple[Advice, ...
 
 
 def _does_not_fit(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[Advice]:
-    if answer.fits is not False:
+    if answer.fits is not False or answer.memory.excess_bytes:
         return
     memory, answers = answer.memory, answer.answers
     remedy = _what_would_fit(setup, plan, answer)
@@ -92,8 +92,8 @@ def _fits_with(setup: Setup, **fields: Any) -> bool:
         plan = cache_plan(other)
     except KvplanError:
         return False
-    available = budget_of(other, weights_of(other)).kv_bytes
-    return available is not None and _holds(other, plan, available)
+    budget = budget_of(other, weights_of(other))
+    return not budget.excess_bytes and budget.kv_bytes is not None and _holds(other, plan, budget.kv_bytes)
 
 
 def _copies(plan: CachePlan) -> int:
@@ -110,15 +110,19 @@ def _holds(setup: Setup, plan: CachePlan, available_bytes: int) -> bool:
 def _budget(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[Advice]:
     """A budget that was given and cannot be, or that leaves out a term."""
     memory = answer.memory
-    if setup.request.kv_cache_memory_bytes is not None:
-        needed = (memory.weights_bytes or 0) + setup.request.kv_cache_memory_bytes
-        if memory.total_bytes is not None and needed > memory.total_bytes:
-            yield Advice(
-                code="budget_beyond_gpu",
-                message="weights and the KV bytes given exceed the GPU's memory by "
-                f"{format_gib(needed - memory.total_bytes)}: the engine would run out of memory",
-            )
-    elif memory.kv_cache_bytes is not None and memory.activation_bytes is None:
+    if memory.excess_bytes:
+        room = (memory.kv_cache_bytes or 0) - memory.excess_bytes
+        most = f"; at most {format_gib(room)} would do" if room > 0 else ""
+        yield Advice(
+            code="budget_beyond_gpu",
+            message=f"weights, the KV bytes given and the engine's own memory exceed the GPU's memory by "
+            f"{format_gib(memory.excess_bytes)}: the engine would run out of memory{most}",
+        )
+    elif (
+        setup.request.kv_cache_memory_bytes is None
+        and memory.kv_cache_bytes is not None
+        and memory.activation_bytes is None
+    ):
         yield Advice(
             code="activation_unknown",
             message="activation peak unknown without an architecture and not taken off: give --activation-memory",

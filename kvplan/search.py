@@ -49,7 +49,7 @@ def size(request: SizeRequest, *, compare: bool = True) -> SizePlan:
     plan = replace(plan, comparison=rows)
     if available is None:
         plan = replace(plan, gpus=smallest_on_each_gpu(setup))
-    elif available > 0:
+    elif available > 0 and not plan.memory.excess_bytes:
         count = cache.max_batch(available, setup.context_tokens)
         if request.batch_size is not None:
             count = min(count, setup.batch_per_replica)

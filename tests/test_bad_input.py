@@ -218,6 +218,14 @@ def test_check_ends_with_1_when_it_does_not_fit_and_the_answer_is_complete(kvpla
     assert kvplan_cli("size", "--model", "8b", "--gpu", "h100", "--ctx", "4k", "--check").code == 0
 
 
+@pytest.mark.parametrize("command", ["size --batch 500", "size", "size --ctx 8k,16k", "report --concurrency 500"])
+def test_kv_memory_that_the_gpu_does_not_have_is_a_no(kvplan_cli: Cli, command: str) -> None:
+    ran = kvplan_cli(*f"{command} --model 8b --gpu h100 --kv-cache-memory-bytes 1000GiB --check".split())
+    assert ran.code == 1
+    assert "937.90 GiB more than each GPU has left" in ran.out or "," in command
+    assert "FITS:" not in ran.out and "Yes:" not in ran.out and "yes" not in ran.out
+
+
 def test_what_would_fit_on_the_same_gpus_comes_before_more_of_them(kvplan_cli: Cli) -> None:
     """Four KV heads on eight ranks are stored twice; what DCP wins back is enough for 16 requests."""
     question = ["size", "--model", "qwen3-235b-a22b", "--gpu", "h100", "--tp", "8", "--ctx", "32k", "--batch", "16"]

@@ -513,9 +513,13 @@ def test_the_blocks_of_a_window_are_derived_with_their_numbers() -> None:
 
 
 def test_kv_bytes_beyond_the_gpu_and_an_unknown_activation_peak_are_said() -> None:
-    """131.4 GiB of weights and 70 GiB of KV are 122 GiB more than an H100 has."""
+    """131.4 GiB of weights, 70 of KV and 3.6 of the engine's own are 125.8 more than the 79.19 of an H100."""
     given = kvplan.size(model="70b", gpu="h100", context_tokens=8192, kv_cache_memory_bytes=70 * GIB)
-    assert given.advice[0].code == "budget_beyond_gpu" and "by 122." in given.advice[0].message
+    assert given.advice[0].code == "budget_beyond_gpu" and "by 125." in given.advice[0].message
+    memory = given.memory
+    own = (memory.activation_bytes or 0) + (memory.graph_bytes or 0) + (memory.overhead_bytes or 0)
+    assert memory.excess_bytes == (memory.weights_bytes or 0) + own + 70 * GIB - (memory.total_bytes or 0)
+    assert given.fits is False and given.verdict is False
     flags = kvplan.size(num_layers=32, num_kv_heads=8, head_dim=128, num_parameters=8 * 10**9, gpu="h100",
                         context_tokens=8192)  # fmt: skip
     assert flags.advice[0].code == "activation_unknown"
@@ -542,3 +546,15 @@ def test_memory_that_the_driver_counts_and_programs_do_not_see_is_not_called_exa
     assert total.source == "assumed" and "programs see 0.5 to 2% less" in total.detail
     seen = kvplan.size(model="8b", gpu="h100", context_tokens=8192).memory.sources["total_bytes"]
     assert seen.source == "exact" and "as programs see it" in seen.detail
+
+
+def test_kv_bytes_that_the_gpu_does_not_have_hold_no_load_and_the_allocators_question_stays_its_own() -> None:
+    """An H100 has 62.10 GiB left beside 8B; with no load asked about, ``fits`` is what the allocator says."""
+    asked: dict[str, Any] = {"model": "8b", "gpu": "h100"}
+    assert kvplan.size(**asked, context_tokens=8192, batch_size=4, kv_cache_memory_bytes="62GiB").fits
+    assert not kvplan.size(**asked, context_tokens=8192, batch_size=4, kv_cache_memory_bytes="63GiB").fits
+    alone = kvplan.size(**asked, kv_cache_memory_bytes="1000GiB")
+    assert alone.fits is True and alone.verdict is False
+    asked |= {"kv_cache_memory_bytes": "1000GiB"}
+    assert kvplan.itl(**asked, context_tokens=8192).fits is False
+    assert kvplan.itl(**asked, input_tokens=8192, output_tokens=1024, concurrency=4).fits is False

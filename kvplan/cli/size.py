@@ -151,9 +151,10 @@ def _one(plan: SizePlan, as_json: bool, explain: bool, check: bool) -> None:
         if explain:
             plan = explained(plan)
         show_size(make_console(), plan, explain=explain)
-    if check and not plan.fits:
-        raise AnswerIsNo("it does not fit" if plan.fits is False else "cannot tell whether it fits: no GPU was named",
-                         hint=None if plan.fits is False else "add --gpu")  # fmt: skip
+    if check and not plan.verdict:
+        no = plan.verdict is False
+        raise AnswerIsNo("it does not fit" if no else "cannot tell whether it fits: no GPU was named",
+                         hint=None if no else "add --gpu")  # fmt: skip
 
 
 def _sweep(planner: Planner, fixed: dict[str, Any], lists: dict[str, list[Any]], varied: list[str], as_json: bool,
@@ -187,7 +188,7 @@ def _sweep(planner: Planner, fixed: dict[str, Any], lists: dict[str, list[Any]],
         from kvplan.terminal.size_view import show_sweep
 
         show_sweep(make_console(), plans, varied, [(chosen, error.message) for chosen, error in failures])
-    if check and (failures or not all(plan.fits for plan in plans)):
+    if check and (failures or not all(plan.verdict for plan in plans)):
         raise AnswerIsNo("not every combination fits")
 
 

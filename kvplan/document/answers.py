@@ -41,19 +41,22 @@ def deployment_of(plans: Plans) -> Deployment:
 def answers_of(plans: Plans, deployment: Deployment) -> Answers:
     """The answer in numbers and in sentences."""
     sized, kv_bytes = plans.size.answers, plans.size.memory.kv_cache_bytes or 0
-    fits, refusal = bool(plans.size.fits), plans.question.refusal
-    short = sized.kv_short_bytes_per_gpu or 0
+    fits, refusal, excess = bool(plans.size.verdict), plans.question.refusal, plans.size.memory.excess_bytes
+    short = excess or sized.kv_short_bytes_per_gpu or 0
     line, now, limit = plans.line, None, None
     if line is not None:
         now = _latency("now", plans, line.served, deployment.num_users or 1) if fits else None
         limit = _latency("limit", plans, line.served, plans.held) if plans.held else None
-    headline = words.headline(deployment, fits, plans.held, kv_bytes, plans.size.too_long_tokens)
+    if excess:
+        headline = words.beyond_gpu(deployment, kv_bytes, excess)
+    else:
+        headline = words.headline(deployment, fits, plans.held, kv_bytes, plans.size.too_long_tokens)
     answers = Answers(
         fits=fits and refusal is None,
         headline=headline if refusal is None else f"No: {refusal}.",
         sentences=[],
         max_users=plans.held,
-        max_context_tokens=sized.max_context_at_batch_tokens,
+        max_context_tokens=None if excess else sized.max_context_at_batch_tokens,
         kv_cache_bytes=kv_bytes,
         kv_needed_bytes=sized.kv_needed_bytes_per_gpu,
         kv_headroom_bytes=-short if short else kv_bytes - sized.kv_needed_bytes_per_gpu,
@@ -61,7 +64,7 @@ def answers_of(plans: Plans, deployment: Deployment) -> Answers:
         limit=limit,
         basis=_basis(plans),
     )
-    said = words.answer_sentences(deployment, answers)
+    said = [] if excess else words.answer_sentences(deployment, answers)
     if plans.question.refused is not None:
         said.insert(0, words.instead_of(plans.question.refused, deployment, headline))
     return answers.model_copy(update={"sentences": said})

@@ -57,7 +57,7 @@ def build(options: Mapping[str, Any]) -> Report:
         kernels=kernels,
         memory=segments,
         waste=waste_of(plans, segments),
-        launch=launches_of(setup, plans.cache, fits=bool(sized.fits)),
+        launch=launches_of(setup, plans.cache, fits=bool(sized.verdict)),
         what_if=what_if(question, setup, plans.formats, plans.room_bytes, axes),
         measured=measured,
         advice=[Advice(code=item.code, message=item.message) for item in sized.advice],

@@ -53,6 +53,10 @@ def segments_of(plans: Plans) -> list[Segment]:
             found.append(Segment(name=name, label=label, kind=kind, bytes=value, source=term.source,
                                  detail=term.detail, override=term.override))  # fmt: skip
     found += _kv_segments(lines, "exact" if plans.cache.exact else "assumed")
+    if memory.excess_bytes:
+        kv = memory.sources["kv_cache_bytes"]
+        found.append(Segment(name="kv", label="KV cache", kind="kv", bytes=memory.kv_cache_bytes or 0, source=kv.source,
+                             detail=kv.detail, override=kv.override))  # fmt: skip
     left = total - sum(segment.bytes for segment in found)
     usable = memory.sources["usable_bytes"]
     if left >= 0:

@@ -26,7 +26,7 @@ class Plans:
     """A question and its plans.
 
     Attributes:
-        room_bytes: KV memory of one GPU; 0 when weights leave none.
+        room_bytes: KV memory of one GPU; 0 when weights leave none, or when it was given and is not there.
         formats: the KV formats compared, the deployment's own among them.
         run: what was measured on this GPU, when a run folder was given.
 
@@ -59,7 +59,7 @@ class Plans:
     @property
     def held(self) -> int:
         """Users held at the report's context, over all replicas."""
-        return self.size.answers.max_batch_at_context or 0
+        return (self.size.answers.max_batch_at_context or 0) if self.room_bytes else 0
 
 
 def make_plans(options: Mapping[str, Any]) -> Plans:
@@ -77,7 +77,8 @@ def make_plans(options: Mapping[str, Any]) -> Plans:
     if question.calibration is not None:  # an unusable file is an error, not a precision without times
         attention_calibration(setup.gpu.name, setup.engine.name, question.calibration)
     run = None if question.measured is None else read_run(question.measured, setup.gpu.name)
-    cache, room = cache_plan(setup), max(plan.memory.kv_cache_bytes, 0)
+    cache = cache_plan(setup)
+    room = 0 if plan.memory.excess_bytes else max(plan.memory.kv_cache_bytes, 0)
     formats = formats_of(question, setup, cache, room, contexts_of(setup))
     return Plans(question, plan, setup, cache, room, tuple(formats), run)
 

@@ -42,6 +42,14 @@ def headline(deployment: Deployment, fits: bool, max_users: int, kv_bytes: int, 
     return f"Yes: {d.model} serves {users(d.num_users)} at {at} each {on}{room}."
 
 
+def beyond_gpu(deployment: Deployment, kv_bytes: int, excess_bytes: int) -> str:
+    """No, for the KV bytes that were given are not there."""
+    return (
+        f"No: {format_gib(kv_bytes)} of KV are {format_gib(excess_bytes)} more than each GPU has left beside "
+        f"{deployment.model} on {hardware(deployment)}."
+    )
+
+
 def instead_of(refused: str, deployment: Deployment, instead: str) -> str:
     """What a report is about whose KV format is refused: the format the model gets by default, and its headline."""
     return f"With {deployment.kv_cache_dtype} KV in place of {refused}, which all below is about: {instead}"

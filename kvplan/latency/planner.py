@@ -181,7 +181,8 @@ def _plan_loads(served: Served, facts: DeploymentFacts, parameters: dict[str, fl
     loads = [
         Load(a, (b, c), d, (e, f), g, h) for a, b, c, d, e, f, g, h in zip(*(x.tolist() for x in columns), strict=True)
     ]
-    fits = [None] * len(points) if served.available_bytes is None else (running >= clients / ranks - 1e-9).tolist()
+    held = (running >= clients / ranks - 1e-9) & ((served.available_bytes or 0) > 0)
+    fits = [None] * len(points) if served.available_bytes is None else held.tolist()
     return _assemble(facts, points, context, times.step, slope, bound, fits, interval, loads)
 
 

@@ -62,7 +62,7 @@ class Served:
         request: as resolved; its KV format is what the engine uses.
         slope_dtype: the KV format time goes by (``auto`` resolved to the bits it stores).
         kv_speed: how fast that format is read against 16 bits, and from what.
-        available_bytes: KV budget of one GPU; None when unknown.
+        available_bytes: KV budget of one GPU; below 0 what is missing on it, None when unknown.
 
     """
 
@@ -268,4 +268,5 @@ def _available_bytes(setup: Setup, request: ItlRequest, traffic: Traffic) -> int
         setup = replace(
             setup, request=replace(setup.request, weights_bytes=traffic.resident_weight_bytes // deployment.pp_size)
         )
-    return budget_of(setup, weights).kv_bytes
+    budget = budget_of(setup, weights)
+    return -budget.excess_bytes if budget.excess_bytes else budget.kv_bytes

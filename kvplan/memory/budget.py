@@ -51,6 +51,15 @@ class Budget:
         """Bytes for the KV cache; None when no GPU was named."""
         return self.kv_cache.value_bytes
 
+    @property
+    def excess_bytes(self) -> int:
+        """What KV bytes that were given are, with all the rest, beyond the GPU's memory; 0 where not known to be."""
+        total, kv = self.total.value_bytes, self.kv_bytes
+        if total is None or kv is None or self.kv_cache.source != "given":
+            return 0
+        rest = (self.weights, self.activation, self.graphs, self.overhead)
+        return max(kv + sum(term.value_bytes or 0 for term in rest) - total, 0)
+
 
 @dataclass(frozen=True)
 class BudgetInputs:

@@ -86,7 +86,10 @@ class TermSource:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Memory of one GPU in bytes; None is unknown. ``sources`` has an entry for each term."""
+    """Memory of one GPU in bytes; None is unknown. ``sources`` has an entry for each term.
+
+    ``excess_bytes`` is what KV bytes that were given are, with all other terms, beyond the GPU's memory.
+    """
 
     total_bytes: int | None
     usable_bytes: int | None
@@ -95,6 +98,7 @@ class Memory:
     graph_bytes: int | None
     overhead_bytes: int | None
     kv_cache_bytes: int | None
+    excess_bytes: int
     sources: dict[str, TermSource]
 
 
@@ -184,7 +188,13 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class SizePlan:
-    """The whole answer. Bytes are per GPU unless a name says otherwise; ``fits`` is None when no budget was given."""
+    """The whole answer. Bytes are per GPU unless a name says otherwise.
+
+    Attributes:
+        fits: whether the engine starts and holds the batch; None without a budget. Where no context and no batch is
+            asked about, KV bytes that are given count as there: what the engine's allocator makes of them.
+
+    """
 
     request: SizeRequest
     model: ModelFacts | None
@@ -201,8 +211,15 @@ class SizePlan:
     schema_version: int = SCHEMA_VERSION
 
     @property
+    def verdict(self) -> bool | None:
+        """``fits``, and False wherever the KV bytes given are more than the GPU has."""
+        return False if self.memory.excess_bytes else self.fits
+
+    @property
     def too_long_tokens(self) -> int | None:
         """The longest request, where the engine refuses to start for it though the requests asked for fit."""
+        if self.memory.excess_bytes:
+            return None
         held = (self.answers.max_batch_at_context or 0) >= (self.answers.batch_size or 1)
         return self.request.max_model_len_tokens if self.fits is False and held else None
 

@@ -27,7 +27,7 @@ def make_plan(setup: Setup, plan: CachePlan) -> SizePlan:
         model=_facts(setup) if setup.has_model else None,
         kv_cache=kv_cache_of(setup, plan, budget.kv_bytes),
         memory=_memory(budget),
-        fits=fits(setup, plan, budget.kv_bytes),
+        fits=fits(setup, plan, budget),
         answers=answers_of(setup, plan, budget.kv_bytes),
         rules=(*(Rule(name=n, formula=f, source=s) for n, f, s in plan.rules), *_block_rules(setup, plan)),
     )
@@ -65,10 +65,16 @@ def resolved_request(setup: Setup, plan: CachePlan) -> SizeRequest:
     )
 
 
-def fits(setup: Setup, plan: CachePlan, available_bytes: int | None) -> bool | None:
-    """Whether the engine starts (one request of the longest length) and the batch asked for is held at once."""
+def fits(setup: Setup, plan: CachePlan, budget: Budget) -> bool | None:
+    """Whether the engine starts (one request of the longest length) and the batch asked for is held at once.
+
+    KV bytes beyond the GPU hold no load; without a load, the question is the allocator's alone.
+    """
+    available_bytes, request = budget.kv_bytes, setup.request
     if available_bytes is None:
         return None
+    if budget.excess_bytes and (request.context_tokens is not None or request.batch_size is not None):
+        return False
     starts = plan.fits_one(available_bytes, setup.max_model_len_tokens)
     if not starts or setup.request.batch_size is None:
         return starts
@@ -198,6 +204,7 @@ def _memory(budget: Budget) -> Memory:
     terms = {keys.get(name, f"{name}_bytes"): getattr(budget, name) for name in names}
     return Memory(
         **{key: term.value_bytes for key, term in terms.items()},
+        excess_bytes=budget.excess_bytes,
         sources={
             key: TermSource(source=term.source, detail=term.detail, override=term.override)
             for key, term in terms.items()

@@ -130,6 +130,8 @@ def _is_too_large(served: Served) -> bool:
 
 def _too_large(served: Served) -> str:
     short = format_bytes(-(served.available_bytes or 0))
+    if served.setup.request.kv_cache_memory_bytes is not None:
+        return f"does not fit: the KV bytes given are {short} more than each GPU has left"
     return f"does not fit: weights and the engine's own memory exceed usable memory by {short} a GPU before any KV"
 
 

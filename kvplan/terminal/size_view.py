@@ -90,7 +90,7 @@ def _verdict(console: Console, plan: SizePlan) -> None:
     many = answers.batch_size is not None and answers.batch_size > 1
     who = format_count(answers.batch_size or 1, "request")
     what = f"{who} at {format_tokens(answers.context_tokens)} tokens"
-    if plan.fits is None:
+    if plan.verdict is None:
         everywhere = format_bytes(answers.kv_needed_bytes)
         line = f"KV for {what}: {everywhere}"
         weights = plan.memory.weights_bytes
@@ -99,7 +99,10 @@ def _verdict(console: Console, plan: SizePlan) -> None:
             line += f", {answers.kv_needed_bytes / whole:,.1f}× the weights ({format_bytes(whole)})"
         _line(console, line, "bold")
         return
-    if plan.fits:
+    if plan.memory.excess_bytes:
+        excess = format_gib(plan.memory.excess_bytes)
+        _line(console, f"DOES NOT FIT: the KV bytes given are {excess} more than each GPU has left", "bold red")
+    elif plan.fits:
         free = (plan.memory.kv_cache_bytes or 0) - answers.kv_needed_bytes_per_gpu
         _line(console, f"FITS: {what}, with {format_gib(free)} of KV to spare on each GPU", "bold green")
     elif (plan.memory.kv_cache_bytes or 0) <= 0:
@@ -286,7 +289,7 @@ def _held(plan: SizePlan) -> list[str]:
         "–" if plan.kv_cache.capacity_tokens is None else f"{plan.kv_cache.capacity_tokens:,}",
         "–" if answers.max_batch_at_context is None else f"{answers.max_batch_at_context:,}",
         "–" if answers.max_context_at_batch_tokens is None else f"{answers.max_context_at_batch_tokens:,}",
-        {True: "yes", False: "no", None: "?"}[plan.fits],
+        {True: "yes", False: "no", None: "?"}[plan.verdict],
     ]
 
 

@@ -235,6 +235,16 @@ def test_no_because_the_weights_alone_are_larger_than_the_gpu() -> None:
     assert "<html" in report.as_html() and "No: the weights" in report.as_markdown()
 
 
+def test_no_because_the_kv_memory_given_is_not_there() -> None:
+    report = kvplan.report(model="8b", gpu="h100", ctx="8k", concurrency=500, kv_cache_memory_bytes="1000GiB")
+    a = report.answers
+    assert not a.fits and a.max_users == 0 and a.now is None and a.limit is None and not a.sentences
+    assert a.headline.startswith("No: 1,000.00 GiB of KV are 937.90 GiB more than each GPU has left beside")
+    assert a.kv_headroom_bytes == next(s.bytes for s in report.memory if s.kind == "short")
+    assert all(held == 0 for surface in report.what_if.surfaces for held in surface.max_users)
+    assert not [waste for waste in report.waste if waste.name == "unused"]
+
+
 def test_speed_is_unknown_where_the_bandwidth_is() -> None:
     report = kvplan.report(model="70b", gpu_memory="80GiB", tp=4, ctx="8k", concurrency=8, date=DATE)
     assert report.answers.fits and report.answers.now is None
