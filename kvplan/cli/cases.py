@@ -31,13 +31,23 @@ def run_cases(path: Path, answer: Callable[[dict[str, Any]], str]) -> None:
         InputError: the file cannot be read.
 
     """
+    total = failed = 0
     for case in read_cases(path):
+        total += 1
         try:
             if isinstance(case, KvplanError):
                 raise case
             sys.stdout.write(answer(case) + "\n")
         except KvplanError as error:
+            failed += 1
             sys.stdout.write(json.dumps({"error": error.as_dict()}) + "\n")
+    report_failed(failed, total)
+
+
+def report_failed(failed: int, total: int) -> None:
+    """One line on stderr when cases failed; each has its error in its place, so the exit code stays 0."""
+    if failed:
+        print(f"{failed:,} of {total:,} {'case' if total == 1 else 'cases'} failed", file=sys.stderr)
 
 
 def read_cases(path: Path) -> Iterator[dict[str, Any] | KvplanError]:

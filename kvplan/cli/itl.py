@@ -290,13 +290,16 @@ def _combinations(lists: dict[str, list[Any]]) -> list[tuple[str, dict[str, Any]
 
 
 def _run_cases(path: Path) -> None:
-    from kvplan.cli.cases import read_cases
+    from kvplan.cli.cases import read_cases, report_failed
     from kvplan.latency.planner import plan_cases
 
     cases = list(read_cases(path))
     good = [case for case in cases if not isinstance(case, KvplanError)]
     answers = iter(plan_cases(good))
+    failed = 0
     for case in cases:
         answer = case if isinstance(case, KvplanError) else next(answers)
+        failed += isinstance(answer, KvplanError)
         found = {"error": answer.as_dict()} if isinstance(answer, KvplanError) else answer.as_dict()
         sys.stdout.write(json.dumps(found, ensure_ascii=False) + "\n")
+    report_failed(failed, len(cases))

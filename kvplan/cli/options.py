@@ -190,7 +190,9 @@ Window = Annotated[
 Cases = Annotated[
     Path | None,
     typer.Option(
-        "--cases", help="JSONL of requests; one result a line on stdout (- reads stdin).", rich_help_panel=OUTPUT
+        "--cases",
+        help="JSONL of requests (- reads stdin); one result a line on stdout, or what is wrong with that case.",
+        rich_help_panel=OUTPUT,
     ),
 ]
 FromLog = Annotated[

@@ -11,15 +11,10 @@ from typing import Any
 
 from kvplan.dtypes import canonical_kv_dtype
 from kvplan.errors import InputError, closest, shorten
-from kvplan.memory.request import FIELDS, SizeRequest, make_request
+from kvplan.memory.request import FIELDS, SHORT_NAMES, SizeRequest, make_request
 from kvplan.units import parse_tokens
 
-ALIASES = {
-    "tp": "tp_size", "pp": "pp_size", "dp": "dp_size", "dcp": "dcp_size", "ctx": "context_tokens",
-    "batch": "batch_size", "users": "batch_size", "concurrency": "batch_size", "isl": "input_tokens",
-    "osl": "output_tokens", "gpu_memory": "gpu_memory_bytes", "max_model_len": "max_model_len_tokens",
-    "block_size": "block_size_tokens",
-}  # fmt: skip
+ALIASES = {**SHORT_NAMES, "users": "batch_size", "concurrency": "batch_size"}
 """Short names of fields, as command-line options and people write them."""
 
 SHAPE_FIELDS = ("num_layers", "num_kv_heads", "head_dim", "num_parameters", "window_tokens")

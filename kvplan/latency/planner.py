@@ -13,9 +13,10 @@ from kvplan.latency.kv import attention_calibration, is_latent
 from kvplan.latency.load import load_state
 from kvplan.latency.parameters import serving_calibration
 from kvplan.latency.plan import Breakdown, DeploymentFacts, ItlPlan, Load
-from kvplan.latency.request import POINT_NAMES, Point, make_itl_request, make_point
+from kvplan.latency.request import ALL_FIELDS, POINT_NAMES, Point, make_itl_request, make_point
 from kvplan.latency.served import Served, serve
 from kvplan.latency.step import StepTimes, load_times, log_share_of, slope_s_per_token, step_times
+from kvplan.memory.request import unknown_field
 from kvplan.model_config.types import AttentionCache
 from kvplan.roofline import step_bound_s
 from kvplan.traffic import Floats
@@ -52,7 +53,8 @@ def plan_cases(cases: Iterable[Mapping[str, Any]]) -> list[ItlPlan | KvplanError
             key = tuple([(name, type(value), value) for name, value in case.items() if name not in _POINTS])
             group = groups.get(key)
         except KvplanError as error:
-            answers[number] = error
+            stray = [name for name in case if name not in ALL_FIELDS] if isinstance(case, Mapping) else []
+            answers[number] = unknown_field(str(stray[0]), ALL_FIELDS) if stray else error
             continue
         except TypeError:
             answers[number] = InputError(

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from kvplan.errors import InputError, UnknownNameError, closest, shorten
+from kvplan.errors import InputError, UnknownNameError, shorten
 from kvplan.memory.request import FIELDS as SIZE_FIELDS
-from kvplan.memory.request import SizeRequest, make_request
+from kvplan.memory.request import SizeRequest, make_request, unknown_field
 from kvplan.model_config import resolve_model
 from kvplan.model_config.types import ModelConfig
 from kvplan.units import parse_tokens
@@ -76,11 +76,7 @@ def make_itl_request(options: Mapping[str, Any]) -> ItlRequest:
     rest: dict[str, Any] = {}
     for name, value in options.items():
         if name not in ALL_FIELDS:
-            close = closest(str(name), ALL_FIELDS)
-            raise InputError(
-                f"unknown request field {shorten(str(name), 60)!r}",
-                hint=f"closest: {', '.join(close)}" if close else None,
-            )
+            raise unknown_field(str(name), ALL_FIELDS)
         if name in _OWN_COUNTS:
             own[name] = _count_or_unstated(name, value)
         elif name == CALIBRATION:

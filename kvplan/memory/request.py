@@ -6,7 +6,7 @@ Plain dataclasses, checked by hand: building validators for them at every start 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -90,6 +90,12 @@ _COUNTS = {
 _TEXTS = ("model", "gpu", "engine", "engine_version", "kv_cache_dtype", "weight_dtype")
 _FLAGS = ("ep", "enable_prefix_caching")
 FIELDS = tuple(field.name for field in fields(SizeRequest))
+SHORT_NAMES = {
+    "tp": "tp_size", "pp": "pp_size", "dp": "dp_size", "dcp": "dcp_size", "ctx": "context_tokens",
+    "batch": "batch_size", "isl": "input_tokens", "osl": "output_tokens", "gpu_memory": "gpu_memory_bytes",
+    "max_model_len": "max_model_len_tokens", "block_size": "block_size_tokens",
+}  # fmt: skip
+"""Options of the command line, and the request fields they set."""
 
 
 def make_request(options: Mapping[str, Any]) -> SizeRequest:
@@ -104,12 +110,18 @@ def make_request(options: Mapping[str, Any]) -> SizeRequest:
     checked: dict[str, Any] = {}
     for name, value in options.items():
         if name not in FIELDS:
-            close = closest(str(name), FIELDS)
-            raise InputError(f"unknown request field {shorten(str(name), 60)!r}",
-                             hint=f"closest: {', '.join(close)}" if close else None)  # fmt: skip
+            raise unknown_field(str(name), FIELDS)
         if value is not None:
             checked[name] = _check(name, value)
     return SizeRequest(**checked)
+
+
+def unknown_field(name: str, known: Sequence[str]) -> InputError:
+    """The error of a field that a request does not have: the field meant, or the closest ones."""
+    meant = SHORT_NAMES.get(name.replace("-", "_"))
+    close = closest(name, known)
+    hint = f"write {meant}" if meant in known else f"closest: {', '.join(close)}" if close else None
+    return InputError(f"unknown request field {shorten(name, 60)!r}", hint=hint)
 
 
 def _check(name: str, value: Any) -> Any:
