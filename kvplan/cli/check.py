@@ -136,11 +136,20 @@ def check_command(
 
 
 def _scenario(path: Path | None) -> dict[str, Any]:
-    """The fields of a plan in a scenario file; those of a report alone are no part of it."""
+    """The fields of a plan in a scenario file; those of a report alone are no part of it.
+
+    Raises:
+        InputError: the file cannot be read, a field is unknown, or no context follows from the lengths of a request.
+
+    """
     if path is None:
         return {}
-    from kvplan.document.question import ALIASES, OWN_FIELDS
+    from kvplan.document.question import LENGTHS, fields_of
+    from kvplan.memory.request import make_request
     from kvplan.scenario import one_deployment
 
-    fields = one_deployment(path).options.items()
-    return {ALIASES.get(name, name): value for name, value in fields if ALIASES.get(name, name) not in OWN_FIELDS}
+    given, own = fields_of(one_deployment(path).options)
+    lengths, context = [own[name] for name in LENGTHS if name in own], given.get("context_tokens")
+    if lengths and sum(lengths) > (make_request({"context_tokens": context}).context_tokens or 0):
+        raise InputError(f"{path}: isl and osl are longer than the ctx of {context}", hint="leave ctx out")
+    return given

@@ -18,7 +18,8 @@ ALIASES = {**SHORT_NAMES, "users": "batch_size", "concurrency": "batch_size"}
 """Short names of fields, as command-line options and people write them."""
 
 SHAPE_FIELDS = ("num_layers", "num_kv_heads", "head_dim", "num_parameters", "window_tokens")
-OWN_FIELDS = ("name", "input_tokens", "output_tokens", "compare", "measured", "calibration", "date")
+LENGTHS = ("input_tokens", "output_tokens")
+OWN_FIELDS = ("name", *LENGTHS, "compare", "measured", "calibration", "date")
 MAX_COMPARED = 8
 DEFAULT_OUTPUT_SHARE = 8
 DEFAULT_OUTPUT_TOKENS = 1024
@@ -64,18 +65,10 @@ def make_question(options: Mapping[str, Any]) -> Question:
         InputError: an unknown or impossible field; the message names it.
 
     """
-    given = _given(options)
-    own = {name: given.pop(name) for name in OWN_FIELDS if name in given}
+    given, own = fields_of(options)
     shape = next((name for name in SHAPE_FIELDS if name in given), None)
     if shape is not None:
         raise InputError(f"a report needs a model, not {shape}", hint="`kvplan size` plans a model from flags")
-    loads = ("input_tokens", "output_tokens")
-    lengths = [_length(name, own.get(name)) for name in loads]
-    if "context_tokens" not in given and any(lengths):
-        missing = [name for name, length in zip(loads, lengths, strict=True) if length is None]
-        if missing:
-            raise InputError(f"a load needs {missing[0]} too", hint="--isl 8k --osl 1k, or add the context: --ctx 9k")
-        given["context_tokens"] = sum(length or 0 for length in lengths)
     size = make_request(given)
     if size.model is None:
         raise InputError("no model given", hint="--model takes a name (70b), a hub id, a folder or a config.json")
@@ -85,9 +78,9 @@ def make_question(options: Mapping[str, Any]) -> Question:
     return Question(
         size=size,
         name=_name(own.get("name")),
-        input_tokens=lengths[0] or 0,
-        output_tokens=lengths[1] or 0,
-        lengths_given=any(lengths),
+        input_tokens=own.get("input_tokens", 0),
+        output_tokens=own.get("output_tokens", 0),
+        lengths_given=any(own.get(name) for name in LENGTHS),
         compare=_compared(own.get("compare")),
         measured=None if own.get("measured") is None else Path(_text("measured", own["measured"])),
         calibration=None if own.get("calibration") is None else _text("calibration", own["calibration"]),
@@ -118,6 +111,26 @@ def with_lengths(question: Question, context_tokens: int) -> Question:
     return replace(question, input_tokens=prompt, output_tokens=answer)
 
 
+def fields_of(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(fields of the sizing request, ``OWN_FIELDS``) by their long names, without those that are None.
+
+    Without a context, prompt and answer are it.
+
+    Raises:
+        InputError: a field is unknown, given twice, or no number of tokens; a prompt or an answer stands alone.
+
+    """
+    given = _given(options)
+    own = {name: given.pop(name) for name in OWN_FIELDS if name in given}
+    own |= {name: _length(name, own[name]) for name in LENGTHS if name in own}
+    if "context_tokens" not in given and own.keys() & set(LENGTHS):
+        missing = [name for name in LENGTHS if name not in own]
+        if missing:
+            raise InputError(f"a load needs {missing[0]} too", hint="--isl 8k --osl 1k, or add the context: --ctx 9k")
+        given["context_tokens"] = sum(own[name] for name in LENGTHS)
+    return given, own
+
+
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:
     known = (*(name for name in FIELDS if name != "id"), *OWN_FIELDS)
     given: dict[str, Any] = {}
@@ -136,10 +149,10 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _length(name: str, value: Any) -> int | None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, str | int)):
+def _length(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, str | int):
         raise InputError(f"{name} must be a whole number of tokens, not {shorten(repr(value), 40)}")
-    return None if value is None else parse_tokens(value, name)
+    return parse_tokens(value, name)
 
 
 def _text(name: str, value: Any) -> str:

@@ -24,6 +24,7 @@ from kvplan.errors import InputError, KvplanError, UnreachableError
 from kvplan.terminal.check_view import show_check
 from kvplan.terminal.plain import Page
 
+START = Path(__file__).parent / "logs" / "vllm-0.31-llama-3.1-8b-a100.log"
 MODELS = json.dumps(
     {"object": "list", "data": [{"id": "chat", "root": "llama-3.1-8b", "max_model_len": 32768}]}
 ).encode()
@@ -321,6 +322,45 @@ def test_a_scenario_states_what_was_planned(kvplan_cli: Callable[..., Ran], tmp_
         done = kvplan_cli("check", "--url", url, "--scenario", str(scenario))
     assert done.code == 3
     assert "KV dtype: fp8 was planned, the server runs" in " ".join(done.out.split())
+
+
+@pytest.mark.parametrize(
+    ("lengths", "context"),
+    [
+        ("isl: 8k\nosl: 1k", 9216),
+        ("ctx: 12k\nisl: 8k\nosl: 1k", 12288),
+        ("input_tokens: 4096\noutput_tokens: 64", 4160),
+    ],
+)
+def test_prompt_and_answer_of_a_scenario_are_its_context_as_in_a_report(
+    kvplan_cli: Callable[..., Ran], tmp_path: Path, lengths: str, context: int
+) -> None:
+    """460,496 tokens hold 12 requests of 9,216, and 3 of the 131,072 the server allows."""
+    scenario = tmp_path / "chat.yaml"
+    scenario.write_text(f"model: 8b\ngpu: a100-80gb-sxm\nconcurrency: 12\n{lengths}\n")
+    done = kvplan_cli("check", "--log", str(START), "--scenario", str(scenario), "--json")
+    assert done.code == 0 and done.json["request"]["context_tokens"] == context
+    [held] = [term for term in done.json["terms"] if term["name"] == "batch_size"]
+    assert held["planned"] == 12 <= held["observed"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ("isl: 8k", "a load needs output_tokens too"),
+        ("isl: 8k\nosl: 1k\nctx: 4k", "isl and osl are longer than the ctx of 4k"),
+        ("isl: many\nosl: 1k", "input_tokens"),
+        ("tp: 1\ntp_size: 2", "tp_size is given twice"),
+        ("contxt: 8k", "unknown report field 'contxt'"),
+    ],
+)
+def test_a_scenario_that_cannot_be_meant_is_one_line_and_exit_2(
+    kvplan_cli: Callable[..., Ran], tmp_path: Path, fields: str, says: str
+) -> None:
+    scenario = tmp_path / "chat.yaml"
+    scenario.write_text(f"model: 8b\n{fields}\n")
+    wrong = kvplan_cli("check", "--log", str(START), "--scenario", str(scenario))
+    assert wrong.code == 2 and says in wrong.err and wrong.err.count("\n") == 1 and wrong.out == ""
 
 
 def test_the_commands_of_the_readme_run(kvplan_cli: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
