@@ -12,7 +12,7 @@ from kvplan.dtypes import canonical_kv_dtype
 from kvplan.errors import InputError, KvplanError, UnknownNameError, shorten
 from kvplan.gpu import profile_of_device
 from kvplan.memory.request import make_request
-from kvplan.model_config import resolve_model
+from kvplan.model_config import ModelConfig, resolve_model
 
 SETTINGS = ("engine_version", "tp_size", "pp_size", "dp_size", "dcp_size", "ep", "block_size_tokens",
             "max_model_len_tokens", "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization",
@@ -126,6 +126,16 @@ def model_of(report: ServerReport) -> dict[str, Any] | None:
         return _model(report, [])
     except InputError:
         return None
+
+
+def same_model(one: ModelConfig, other: ModelConfig) -> bool:
+    """Whether two references lead to one model: the same profile, or where one is a file, the same layers."""
+    if all(model.source.startswith("bundled profile") for model in (one, other)):
+        return one.name == other.name
+    return one.name == other.name or all(
+        getattr(one, name) == getattr(other, name)
+        for name in ("architecture", "hidden_size", "vocab_size", "max_context_tokens", "layers")
+    )
 
 
 def _model(report: ServerReport, notes: list[str]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
-from kvplan.check.basis import Basis
+from kvplan.check.basis import Basis, model_of
 from kvplan.check.changes import Change, memory_changes, rule_changes
 from kvplan.check.result import Cause, Term
 from kvplan.check.server import ServerReport
@@ -38,7 +38,7 @@ def find_causes(report: ServerReport, basis: Basis, plan: SizePlan, terms: Seque
     """Causes of the drifted terms, the settings that differ first."""
     drifted = {term.name: term for term in terms if term.verdict == "drifted"}
     found = [*_taken_before(report, drifted), *_overridden(report, drifted)]
-    settings = [term for term in drifted.values() if term.name in SETTING_LABELS and term.source == "given"]
+    settings = [term for term in drifted.values() if term.name in ("model", *SETTING_LABELS) and term.source == "given"]
     if settings:
         return (*found, *_settings(settings, drifted, report, basis, tolerance))
     rules = RULES & drifted.keys()
@@ -58,6 +58,8 @@ def _settings(settings: Sequence[Term], drifted: Mapping[str, Term], report: Ser
               tolerance: float) -> Iterator[Cause]:  # fmt: skip
     """Settings that are not what was planned, and what drifts because of them."""
     theirs = {term.name: term.observed for term in settings}
+    if "model" in theirs:  # with the weights as the server stores them
+        theirs |= model_of(report) or {}
     remaining = {term.name for term in _terms_with(theirs, report, basis, tolerance) if term.verdict == "drifted"}
     explained = tuple(name for name in drifted if name in RULES | MEMORY and name not in remaining | theirs.keys())
     for term in settings:

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kvplan.check.basis import SHAPE, basis_of, gpu_of, model_of
+from kvplan.check.basis import SHAPE, basis_of, gpu_of, model_of, same_model
 from kvplan.check.server import ServerReport
 from kvplan.gpu import resolve_gpu
 from kvplan.memory.request import make_request
-from kvplan.model_config import ModelConfig, resolve_model
+from kvplan.model_config import resolve_model
 from kvplan.search import size
 from kvplan.units import format_gib
 
@@ -87,16 +87,6 @@ def identify(report: ServerReport, stated: Mapping[str, Any]) -> Identity:
         kept=kept,
         planned_anew=tuple(name for name in anew if name in gone and name in report.facts),
         others=_others(report, stated, own_model, own_gpu),
-    )
-
-
-def same_model(one: ModelConfig, other: ModelConfig) -> bool:
-    """Whether two references lead to one model: the same profile, or where one is a file, the same layers."""
-    if all(model.source.startswith("bundled profile") for model in (one, other)):
-        return one.name == other.name
-    return one.name == other.name or all(
-        getattr(one, name) == getattr(other, name)
-        for name in ("architecture", "hidden_size", "vocab_size", "max_context_tokens", "layers")
     )
 
 

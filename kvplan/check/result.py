@@ -11,6 +11,9 @@ from kvplan.memory.plan import SizePlan
 
 SCHEMA_VERSION = 1
 Verdict = Literal["agrees", "drifted", "not checked"]
+Outcome = Literal["agrees", "drifted", "inconclusive"]
+TELLING = ("kv_cache_bytes", "num_blocks", "capacity_tokens", "max_concurrency", "needed_kv_bytes", "start")
+"""Terms that say how much KV memory there is, or that there is not enough of it to start."""
 Unit = Literal["bytes", "tokens", "count", "requests", "s", "share", "name"]
 
 
@@ -87,9 +90,17 @@ class CheckResult:
         return tuple(term for term in self.terms if term.verdict == "drifted")
 
     @property
+    def verdict(self) -> Outcome:
+        """``drifted`` when a term is, ``inconclusive`` when none that says how much KV there is could be checked."""
+        if self.drifted:
+            return "drifted"
+        telling = any(term.name in TELLING and term.verdict == "agrees" for term in self.terms)
+        return "agrees" if telling else "inconclusive"
+
+    @property
     def agrees(self) -> bool:
-        """Whether every term that could be checked agrees."""
-        return not self.drifted
+        """Whether every term that could be checked agrees, and they say how much KV there is."""
+        return self.verdict == "agrees"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain dicts and lists, ready for JSON."""
@@ -99,7 +110,7 @@ class CheckResult:
             "source": self.report.source,
             "engine": self.report.engine,
             "engine_version": self.plan.request.engine_version,
-            "verdict": "agrees" if self.agrees else "drifted",
+            "verdict": self.verdict,
             "tolerance": self.tolerance,
             "request": plan["request"],
             "terms": [_term(term) for term in self.terms],

@@ -1,17 +1,17 @@
 """Term by term: what was planned beside what the server reported, and whether the two agree.
 
 Weights and KV memory may differ by the tolerance; activations, graphs and other memory are rough estimates and may
-differ by that share of the usable memory: what they make together shows in the KV memory. What the allocator makes of
-the KV memory (blocks, tokens, concurrency) follows from rules: it is planned from the server's own KV bytes, so that a
-drifted budget does not show twice, and may differ by what printing rounded off; by the tolerance for engines whose
-allocator is not reproduced.
+differ by that share of the usable memory, which is said: what they make together shows in the KV memory. What the
+allocator makes of the KV memory (blocks, tokens, concurrency) follows from rules: it is planned from the server's own
+KV bytes, so that a drifted budget does not show twice, and may differ by what printing rounded off; by the tolerance
+for engines whose allocator is not reproduced.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from kvplan.check.basis import Basis, basis_of
+from kvplan.check.basis import Basis, basis_of, model_of, same_model
 from kvplan.check.result import Term, Unit, Verdict
 from kvplan.check.server import Fact, ServerReport, Value
 from kvplan.dtypes import canonical_kv_dtype
@@ -19,7 +19,9 @@ from kvplan.errors import KvplanError
 from kvplan.memory.engines import resolve_engine
 from kvplan.memory.plan import SizePlan
 from kvplan.memory.request import make_request
+from kvplan.model_config import resolve_model
 from kvplan.search import size
+from kvplan.units import format_gib
 
 SETTING_LABELS = {
     "tp_size": "tensor parallel", "pp_size": "pipeline parallel", "dp_size": "data parallel",
@@ -75,6 +77,7 @@ def _settings(report: ServerReport, basis: Basis, plan: SizePlan) -> Iterator[Te
         stated = resolve_engine(str(basis.given["engine"])).name
         same: Verdict = "agrees" if stated == report.engine else "drifted"
         yield Term("engine", "engine", "name", stated, report.engine, "given", "the wording of its lines", same)
+    yield from _model(report, basis)
     for name, label in SETTING_LABELS.items():
         fact = report.facts.get(name) or (report.facts.get("observed_block_tokens") if "block" in name else None)
         if name not in basis.given or fact is None:
@@ -85,6 +88,21 @@ def _settings(report: ServerReport, basis: Basis, plan: SizePlan) -> Iterator[Te
         verdict: Verdict = "agrees" if planned == observed else "drifted"
         yield Term(name, label, _UNITS.get(name, "name" if isinstance(planned, str) else "count"), planned, observed,
                    "given", fact.where, verdict)  # fmt: skip
+
+
+def _model(report: ServerReport, basis: Basis) -> Iterator[Term]:
+    """The model that was stated, beside the one the server names."""
+    fact, stated = report.facts.get("model"), basis.given.get("model")
+    if fact is None or stated is None:
+        return
+    planned, theirs = resolve_model(stated), model_of(report)
+    if theirs is None:
+        yield Term("model", "model", "name", planned.name, fact.value, "given", fact.where, "not checked",
+                   note="the server's name for it is not known here")  # fmt: skip
+        return
+    observed = resolve_model(theirs["model"])
+    verdict: Verdict = "agrees" if same_model(planned, observed) else "drifted"
+    yield Term("model", "model", "name", planned.name, observed.name, "given", fact.where, verdict)
 
 
 def _resolved_dtype(basis: Basis, stated: str) -> str:
@@ -116,7 +134,8 @@ def memory_terms(report: ServerReport, basis: Basis, plan: SizePlan, tolerance: 
             yield Term(name, label, "bytes", planned, fact.value, source, fact.where, "not checked", note=why)
             continue
         allowed = fact.error + 1 + tolerance * _scale(name, fact, report)
-        yield _judged(name, label, "bytes", planned, fact, planned - allowed, planned + allowed, source, "")
+        note = f"rough estimate, may be off by {format_gib(int(allowed))}" if name in ESTIMATES else ""
+        yield _judged(name, label, "bytes", planned, fact, planned - allowed, planned + allowed, source, note)
 
 
 def _unchecked(plan: SizePlan, name: str) -> str | None:

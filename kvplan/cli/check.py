@@ -12,7 +12,7 @@ import typer
 
 from kvplan.cli import complete, options
 from kvplan.cli.lists import size_bytes, tokens
-from kvplan.errors import InputError, OutOfTolerance
+from kvplan.errors import AnswerIsNo, InputError, OutOfTolerance
 
 SERVER = "The server"
 PLANNED = "What was planned"
@@ -50,7 +50,11 @@ Scenario = Annotated[
 ]
 Tolerance = Annotated[
     float,
-    typer.Option("--tolerance", help="Difference of memory and latency allowed, in %.", rich_help_panel=PLANNED),
+    typer.Option(
+        "--tolerance",
+        help="Difference of memory and latency allowed, in %; of usable memory for rough estimates.",
+        rich_help_panel=PLANNED,
+    ),
 ]
 
 
@@ -91,8 +95,9 @@ def check_command(
 ) -> None:
     """Hold a plan against a server that runs: what drifted, why, and what to change.
 
-    The server's own settings fill in what no flag and no scenario states. Exit 0 within tolerance, 3 drifted, 2 not
-    understood, 4 not reachable. KVPLAN_API_KEY is sent as a bearer token.
+    The server's own settings fill in what no flag and no scenario states. Exit 0 within tolerance, 3 drifted, 1
+    inconclusive (nothing compared says how much KV memory there is), 2 not understood, 4 not reachable. KVPLAN_API_KEY
+    is sent as a bearer token.
 
     Examples: kvplan check --log vllm.log --gpu h100 · kvplan check --url http://host:8000 --gpu h200 --tp 4
     """
@@ -130,7 +135,13 @@ def check_command(
         from kvplan.terminal.plain import Page
 
         show_check(Page(), result)
-    if not result.agrees:
+    if result.verdict == "inconclusive":
+        raise AnswerIsNo(
+            "cannot tell whether the server is as planned: no KV memory, blocks or tokens were compared",
+            hint="name the GPU with --gpu, or give the whole start-up log",
+            code="inconclusive",
+        )
+    if result.drifted:
         names = ", ".join(term.label for term in result.drifted)
         raise OutOfTolerance(f"the server drifted from the plan: {names}")
 

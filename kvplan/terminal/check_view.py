@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kvplan.check.result import CheckResult, Term
 from kvplan.check.server import Value
+from kvplan.check.terms import ESTIMATES
 from kvplan.terminal.plain import Page
 from kvplan.units import format_count, format_gib, format_percent, format_seconds
 
@@ -22,10 +23,7 @@ def show_check(page: Page, result: CheckResult) -> None:
     version = result.report.value("engine_version") or cache.engine_version
     page.line(f"{result.report.source}: {model}{gpu}{layout} · {cache.engine} {version}, "
               f"{'exact rules' if cache.rules == 'exact' else 'approximation'}")  # fmt: skip
-    if result.agrees:
-        page.line(f"AGREES: {format_count(len(checked), 'term')} within tolerance", "bold")
-    else:
-        page.line(f"DRIFTED: {len(result.drifted)} of {format_count(len(checked), 'term')}", "bold")
+    page.line(_verdict(result, checked), "bold")
     page.line()
     rows = [_row(term) for term in result.terms]
     page.table(("term", "planned", "observed", "difference", "", "from"), rows, right=(1, 2, 3))
@@ -33,12 +31,39 @@ def show_check(page: Page, result: CheckResult) -> None:
     for term in result.terms:
         if term.note and (term.verdict == "not checked" or term.name == "itl_s"):
             page.line(f"{term.label}: {term.note}", "dim")
+    rough = [term for term in checked if term.name in ESTIMATES]
+    if rough:
+        labels = ", ".join(term.label for term in rough)
+        page.line(f"{labels}: rough, held to {format_percent(result.tolerance)} of usable memory ({_room(rough)}); "
+                  "what they make together shows in the KV memory", "dim")  # fmt: skip
     for event in result.report.events:
         page.line(f"{event.where}: {event.message}", "yellow" if event.is_failure else "dim")
     for note in (*result.report.notes, *result.notes):
         page.line(f"note: {note}", "yellow")
-    if not result.agrees:
+    if result.drifted:
         _causes(page, result)
+
+
+def _verdict(result: CheckResult, checked: list[Term]) -> str:
+    if result.drifted:
+        return f"DRIFTED: {len(result.drifted)} of {format_count(len(checked), 'term')}"
+    rough = [term for term in checked if term.name in ESTIMATES]
+    within = f"{format_count(len(checked) - len(rough), 'term')} within tolerance"
+    if rough:
+        within += f", {format_count(len(rough), 'rough estimate')} within {_room(rough)}"
+    if result.agrees:
+        return f"AGREES: {within}"
+    return f"INCONCLUSIVE: {within}, but none says how much KV memory there is"
+
+
+def _mark(term: Term) -> str:
+    """``ok``, and where it says little, that it does."""
+    return MARKS[term.verdict] + (" (rough)" if term.name in ESTIMATES and term.verdict == "agrees" else "")
+
+
+def _room(rough: list[Term]) -> str:
+    """How far from the planned value an observation of rough estimates may be and still agree, at most."""
+    return format_gib(max(int((term.high or 0) - float(term.planned or 0)) for term in rough))
 
 
 def _causes(page: Page, result: CheckResult) -> None:
@@ -56,7 +81,7 @@ def _causes(page: Page, result: CheckResult) -> None:
 
 
 def _row(term: Term) -> tuple[str, ...]:
-    return (term.label, _shown(term, term.planned), _shown(term, term.observed), _difference(term), MARKS[term.verdict],
+    return (term.label, _shown(term, term.planned), _shown(term, term.observed), _difference(term), _mark(term),
             term.source)  # fmt: skip
 
 

@@ -11,10 +11,13 @@ import pytest
 from check.rendered import version_of, vllm_log
 
 import kvplan
+from kvplan import profiles
 from kvplan.check.log import read_stream
 from kvplan.check.reconcile import reconcile
 from kvplan.check.result import CheckResult, Term
 from kvplan.errors import InputError
+from kvplan.terminal.check_view import show_check
+from kvplan.terminal.plain import Page
 from kvplan.units import GIB
 
 SAME_GEOMETRY = {"hand--GLM-4.7": "glm-4.6", "hand--Qwen2.5-7B": "qwen2.5-7b"}
@@ -191,6 +194,52 @@ def test_a_setting_that_differs_explains_what_follows_from_it() -> None:
     assert [cause.code for cause in result.causes] == ["setting"]
     assert "2 was planned, the server runs 1" in result.causes[0].message
     assert {"weights_bytes", "kv_cache_bytes"} <= set(result.causes[0].terms)
+
+
+@pytest.mark.parametrize("stated", ["llama-3-8b", "70b"])
+def test_another_model_than_planned_is_drift_said_first_and_the_cause(stated: str) -> None:
+    """Llama 3 8B has the very layers of 3.1: only the name tells."""
+    result = held(log(), gpu="h100", model=stated)
+    assert result.drifted[0].name == "model" and result.drifted[0].observed == "llama-3.1-8b"
+    assert [cause.code for cause in result.causes] == ["setting"]
+    assert "the server runs llama-3.1-8b" in result.causes[0].message
+    explained = {"model", "weights_bytes", "kv_cache_bytes", "capacity_tokens", "max_concurrency"}
+    assert set(result.causes[0].terms) == ({"model"} if stated == "llama-3-8b" else explained)
+
+
+def test_the_servers_model_by_another_name_or_from_its_file_agrees(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(profiles.load("models", "llama-3.1-8b")["config"]))
+    for stated in ("8b", "meta-llama/Llama-3.1-8B-Instruct", str(config)):
+        result = held(log(), gpu="h100", model=stated)
+        assert result.agrees and term(result, "model").verdict == "agrees"
+
+
+def test_a_model_whose_name_is_not_known_is_not_held_against_the_stated_one() -> None:
+    result = held(log(model="/models/ours"), gpu="h100", model="8b")
+    assert result.agrees and term(result, "model").verdict == "not checked"
+
+
+def test_rough_estimates_say_what_they_were_held_to_and_are_not_called_within_the_tolerance() -> None:
+    """1.44 GiB of activations against 0.24 pass as 5% of 72.91 GiB usable, 3.65 GiB, and not as 5% of themselves."""
+    result = kvplan.check_log(LOGS / "vllm-0.31-llama-3.1-8b-a100.log", gpu="a100-80gb-sxm")
+    activation = term(result, "activation_bytes")
+    assert activation.verdict == "agrees" and (activation.relative or 0) > 4
+    assert activation.note == "rough estimate, may be off by 3.65 GiB"
+    shown = io.StringIO()
+    show_check(Page(shown), result)
+    assert "AGREES: 6 terms within tolerance, 3 rough estimates within 3.70 GiB" in shown.getvalue()
+    rows = [line for line in shown.getvalue().splitlines() if "ok (rough)" in line]
+    assert [row.split("  ")[0] for row in rows] == ["activation peak", "CUDA graphs", "other"]
+    assert "rough, held to 5.0% of usable memory (3.70 GiB)" in shown.getvalue()
+
+
+def test_what_says_nothing_of_the_kv_memory_agrees_with_nothing() -> None:
+    """A log that ends before the KV line has its weights to compare, and no more."""
+    result = held(log().split("INFO [gpu_worker.py:298]")[0], gpu="h100")
+    assert [t.name for t in result.terms if t.verdict == "agrees"] == ["weights_bytes"]
+    assert result.verdict == "inconclusive" and not result.agrees and not result.drifted
+    assert json.loads(result.to_json())["verdict"] == "inconclusive"
 
 
 def test_another_engine_than_planned_is_drift() -> None:

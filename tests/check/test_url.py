@@ -300,6 +300,9 @@ def test_the_command_ends_with_the_documented_exit_codes(kvplan_cli: Callable[..
         drifted = kvplan_cli("check", "--url", url, "--gpu", "h100", "--json")
     assert drifted.code == 3 and drifted.json["verdict"] == "drifted"
     assert drifted.err == "error: the server drifted from the plan: blocks\n"
+    with serving(server()) as url:
+        unnamed = kvplan_cli("check", "--url", url)
+    assert unnamed.code == 1 and "INCONCLUSIVE: 1 term" in unnamed.out and "name the GPU with --gpu" in unnamed.err
     assert kvplan_cli("check", "--url", url, "--gpu", "h100").code == 4
     for words in (["check"], ["check", "--url", url, "--log", "x"], ["check", "--log", str(tmp_path / "absent.log")],
                   ["check", "--log", str(tmp_path)], ["check", "--url", url, "--tolerance", "700"]):  # fmt: skip
