@@ -150,7 +150,7 @@ def _scenario(path: Path | None) -> dict[str, Any]:
     """The fields of a plan in a scenario file; those of a report alone are no part of it.
 
     Raises:
-        InputError: the file cannot be read, a field is unknown, or no context follows from the lengths of a request.
+        InputError: the file cannot be read, a field is unknown, or the lengths of a request are not its context.
 
     """
     if path is None:
