@@ -123,6 +123,12 @@ def kernel_kv_stream(served: Served) -> float | None:
     return min(moved / slope / served.peaks.bandwidth_bytes_per_s, 1.0) if slope > 0 else None
 
 
+def collective_latency_s(served: Served) -> float:
+    """Seconds of one collective of a step, the data it moves apart."""
+    p = parameters_of(served)
+    return float(np.exp(p["collective_s"] + p["residual"] - p["accepted"])) * served.collective_factor
+
+
 def facts_of(served: Served) -> DeploymentFacts:
     """What every point of the deployment shares."""
     source, detail = serving_calibration().status(served.traits)

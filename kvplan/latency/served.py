@@ -114,12 +114,17 @@ class Served:
             flops_s=tokens * self._matrix_seconds_per_token(),
             kv_s=kv_bytes * (self.kv_speed.slowdown / peak),
             collectives=ones * (t.num_collectives + d.pp_size - 1),
-            collective_factor=ones * self.peaks.collective_factor * (0.95 + 0.05 * np.log2(max(d.tp_group_size, 2))),
+            collective_factor=ones * self.collective_factor,
             message_s=t.message_bytes(in_step) / self.peaks.link_bytes_per_s,
             kernels=ones * t.num_kernels,
             is_moe=ones * (t.num_experts > 0),
             sequences=tokens,
         )
+
+    @property
+    def collective_factor(self) -> float:
+        """Latency of one small collective here over that between two Hopper GPUs on NVLink."""
+        return float(self.peaks.collective_factor * (0.95 + 0.05 * np.log2(max(self.deployment.tp_group_size, 2))))
 
     def kv_slope_s(self, batch_per_rank: Floats, context_tokens: Number) -> Floats:
         """d(``kv_s``)/d(context) of a step."""

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from kvplan.latency.lines import BREAK_EVEN_GAIN, ItlLine, traffic_of
 from kvplan.latency.plan import DEFINITIONS, ItlPlan
-from kvplan.latency.planner import kernel_kv_stream, parameters_of
+from kvplan.latency.planner import collective_latency_s, kernel_kv_stream, parameters_of
 from kvplan.latency.step import stream_share
 from kvplan.terminal.plain import Page
 from kvplan.terminal.plot import PlotLine, draw
 from kvplan.units import format_bytes, format_percent, format_seconds, format_tokens
+
+LINK_NAMES = {"nvlink": "NVLink", "xgmi": "xGMI", "pcie": "PCIe"}
 
 if TYPE_CHECKING:
     from kvplan.latency.served import Served
@@ -226,16 +229,7 @@ def _explain(page: Page, served: Served, plan: ItlPlan, label: str) -> None:
         (
             "collectives",
             parts.collectives_s,
-            ", ".join(
-                f"{traffic['collectives'][key]} {name}"
-                for key, name in (
-                    ("all_reduce_count", "all-reduces"),
-                    ("all_to_all_count", "all-to-alls"),
-                    ("p2p_count", "sends"),
-                )
-                if traffic["collectives"][key]
-            )
-            or "one GPU: none",
+            _collectives(served, plan, traffic["collectives"]),
         ),
         ("overhead", parts.overhead_s, f"{served.traffic.num_kernels:,} kernels, the step, and its sequences"),
     ]
@@ -263,6 +257,18 @@ def _explain(page: Page, served: Served, plan: ItlPlan, label: str) -> None:
     page.line(f"  KV format: {served.kv_speed.detail}", "dim")
 
 
+def _collectives(served: Served, plan: ItlPlan, counts: Mapping[str, int]) -> str:
+    """How many messages of each kind, through what, and what one takes: its latency, and the data it moves."""
+    kinds = {"all_reduce_count": "all-reduces", "all_to_all_count": "all-to-alls", "p2p_count": "sends"}
+    found = {name: counts[key] for key, name in kinds.items() if counts[key]}
+    if not found:
+        return "one GPU: none"
+    link = LINK_NAMES[served.gpu.link_kind or "pcie"]
+    each, start = plan.breakdown.collectives_s / sum(found.values()), collective_latency_s(served)
+    named = ", ".join(f"{count} {name}" for name, count in found.items())
+    return f"{named} over {link}: {format_seconds(start)} each and {format_seconds(max(each - start, 0))} of data"
+
+
 def _parameters(served: Served, plan: ItlPlan) -> list[str]:
     """What the parameters of this deployment are, in words."""
     p = parameters_of(served)
@@ -270,10 +276,10 @@ def _parameters(served: Served, plan: ItlPlan) -> list[str]:
     kernel_s = format_seconds(math.exp(p["kernel_moe_s"] if is_moe else p["kernel_dense_s"]))
     experts = f", experts at {float(stream_share(p['expert_stream'])):.0%}" if is_moe else ""
     weights, kv = (float(stream_share(p[name])) for name in ("weight_stream", "kv_stream"))
-    step, sequence, collective = (format_seconds(math.exp(p[n])) for n in ("step_s", "sequence_s", "collective_s"))
+    step, sequence = (format_seconds(math.exp(p[n])) for n in ("step_s", "sequence_s"))
     found = [
         f"{plan.source}: weights at {weights:.0%} of peak bandwidth{experts}, KV at {kv:.0%}; "
-        f"{kernel_s} a kernel, {step} a step, {sequence} a sequence, {collective} a collective on NVLink"
+        f"{kernel_s} a kernel, {step} a step, {sequence} a sequence"
     ]
     kernel = kernel_kv_stream(served)
     if kernel is not None:
