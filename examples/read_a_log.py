@@ -15,7 +15,7 @@ def shown(value: object, unit: str) -> str:
 
 
 result = kvplan.check_log(LOG, gpu="a100-80gb-sxm", kv_cache_dtype="bf16", context_tokens="32k", batch_size=12)
-print(f"{'agrees' if result.agrees else 'drifted'}: {len(result.terms)} terms of {result.report.engine}")
+print(f"{result.verdict}: {len(result.terms)} terms of {result.report.engine}")
 for term in result.terms:
     print(
         f"  {term.label:20} planned {shown(term.planned, term.unit):>12}   observed {shown(term.observed, term.unit)}"

@@ -75,6 +75,8 @@ def basis_of(report: ServerReport, given: Mapping[str, Any]) -> Basis:
         options["kv_cache_memory_bytes"] = fixed
     if not given.keys() & {"model", *SHAPE}:
         options |= _model(report, notes)
+    elif "model" in given and "weight_dtype" not in given:
+        options |= _stored_as(report, given["model"], notes)
     longest = report.number("max_model_len_tokens")
     if longest is not None and "max_model_len_tokens" not in given and given.get("context_tokens", 0) > longest:
         given["max_model_len_tokens"] = given["context_tokens"]
@@ -126,6 +128,16 @@ def model_of(report: ServerReport) -> dict[str, Any] | None:
         return _model(report, [])
     except InputError:
         return None
+
+
+def _stored_as(report: ServerReport, model: str, notes: list[str]) -> dict[str, Any]:
+    """How the server stores the weights of ``model``, where that is its own and not as the checkpoint says."""
+    theirs = model_of(report)
+    stored = None if theirs is None else theirs.get("weight_dtype")
+    if theirs is None or stored is None or not same_model(resolve_model(model), resolve_model(theirs["model"])):
+        return {}
+    notes.append(f"weights are planned as the server stores them: {stored}")
+    return {"weight_dtype": stored}
 
 
 def same_model(one: ModelConfig, other: ModelConfig) -> bool:

@@ -75,9 +75,6 @@ def identify(report: ServerReport, stated: Mapping[str, Any]) -> Identity:
     total = report.value("total_bytes")
     if own_gpu and "gpu" in stated and total is not None:
         server["gpu_memory_bytes"] = planned["gpu_memory_bytes"] = total
-    if own_model and theirs is not None:  # with the weights as the server stores them
-        server.pop("model", None)
-        planned.pop("model", None)
     gone = {*(() if own_model else GONE_WITH_MODEL), *(() if own_gpu else GONE_WITH_GPU)}
     kept = replace(report, facts={name: fact for name, fact in report.facts.items() if name not in gone})
     anew = dict.fromkeys((*OF_MODEL, *OF_GPU))
@@ -134,6 +131,10 @@ def _others(report: ServerReport, stated: Mapping[str, Any], own_model: bool, ow
         parts.append(f"of {theirs}, not of {stated.get('model', 'a model of the shape given')}")
     if not own_gpu:
         total, asked = report.number("total_bytes"), make_request(stated).gpu_memory_bytes
-        theirs = "another size" if total is None else format_gib(int(total))
-        parts.append(f"of a GPU of {theirs}, not of {format_gib(asked) if asked is not None else stated['gpu']}")
+        theirs = (
+            "a GPU of another size"
+            if total is None
+            else f"{report.value('gpu') or 'a GPU'} of {format_gib(int(total))}"
+        )
+        parts.append(f"of {theirs}, not of {format_gib(asked) if asked is not None else stated['gpu']}")
     return f"the log is {', and '.join(parts)}" if parts else ""

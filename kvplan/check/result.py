@@ -24,7 +24,8 @@ class Term:
     Attributes:
         unit: of ``planned``, ``observed``, ``low`` and ``high``; bytes are per GPU.
         low, high: what an observation may be and still agree; None for names, which must be equal.
-        source: where the planned value comes from: ``exact``, ``assumed``, ``calibrated``, ``given``.
+        source: where the planned value comes from: ``exact``, ``assumed``, ``calibrated``, ``given``,
+            ``reported`` (the server's own), ``planned`` (the server's memory fraction of the GPU stated).
         where: where the server said it.
 
     """

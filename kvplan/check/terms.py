@@ -128,7 +128,7 @@ def memory_terms(report: ServerReport, basis: Basis, plan: SizePlan, tolerance: 
                            note="the server did not report it")  # fmt: skip
             continue
         if name == "usable_bytes" and source == "given" and "gpu_memory_utilization" not in basis.given:
-            source = "reported"
+            source = "planned" if basis.given.keys() & {"gpu", "gpu_memory_bytes"} else "reported"  # of whose memory
         why = _unchecked(plan, name)
         if why is not None:
             yield Term(name, label, "bytes", planned, fact.value, source, fact.where, "not checked", note=why)

@@ -67,7 +67,7 @@ class WhatIf:
             raise InputError(f"{who.others}: its KV memory must be planned, and is "
                              f"{memory.sources['kv_cache_bytes'].detail}",
                              hint="add --gpu" if memory.total_bytes is None else "add --weights-memory")  # fmt: skip
-        anew = [name for name in who.planned_anew if _field(name) not in changes]
+        anew = [name for name in who.planned_anew if _field(name) not in changes and getattr(memory, name) is not None]
         told = replace(plan, memory=replace(memory, sources=_sources(plan, who.kept, terms, anew, after)))
         return replace(told, advice=(*_notes(told, self.report, terms, anew, who, after), *plan.advice))
 

@@ -215,6 +215,14 @@ def test_the_servers_model_by_another_name_or_from_its_file_agrees(tmp_path: Pat
         assert result.agrees and term(result, "model").verdict == "agrees"
 
 
+def test_the_servers_model_stated_without_a_weight_format_has_the_weights_as_the_server_stores_them() -> None:
+    quantised = log(model="RedHatAI/Llama-3.1-8B-Instruct-FP8-dynamic", weights=8.49, kv=61.65)
+    result = held(quantised, gpu="h100", model="8b")
+    assert result.agrees and result.notes == ("weights are planned as the server stores them: fp8",)
+    stated = held(quantised, gpu="h100", model="8b", weight_dtype="bf16")
+    assert {t.name for t in stated.drifted} == {"weights_bytes", "kv_cache_bytes"}
+
+
 def test_a_model_whose_name_is_not_known_is_not_held_against_the_stated_one() -> None:
     result = held(log(model="/models/ours"), gpu="h100", model="8b")
     assert result.agrees and term(result, "model").verdict == "not checked"
@@ -232,6 +240,12 @@ def test_rough_estimates_say_what_they_were_held_to_and_are_not_called_within_th
     rows = [line for line in shown.getvalue().splitlines() if "ok (rough)" in line]
     assert [row.split("  ")[0] for row in rows] == ["activation peak", "CUDA graphs", "other"]
     assert "rough, held to 5.0% of usable memory (3.70 GiB)" in shown.getvalue()
+
+
+def test_what_is_usable_of_another_gpu_is_not_called_reported() -> None:
+    for given, source in (({"gpu": "l4"}, "planned"), ({}, "reported")):
+        result = kvplan.check_log(LOGS / "vllm-0.31-llama-3.1-8b-a100.log", **given)
+        assert term(result, "usable_bytes").source == source
 
 
 def test_what_says_nothing_of_the_kv_memory_agrees_with_nothing() -> None:

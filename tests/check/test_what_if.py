@@ -95,6 +95,21 @@ def test_the_servers_own_model_by_another_name_keeps_its_terms() -> None:
     assert (same.memory, same.kv_cache, same.fits) == (plan.memory, plan.kv_cache, plan.fits)
 
 
+def test_the_servers_own_model_in_16_bits_takes_more_than_the_8_it_is_stored_in(tmp_path: Path) -> None:
+    stored = tmp_path / "fp8.log"
+    name, line = "Llama-3.1-8B-Instruct", "took 15.0 GiB"
+    stored.write_text(LLAMA.read_text().replace(name, f"{name}-FP8").replace(line, "took 8.5 GiB"))
+    own = kvplan.size_from_log(stored, model="8b")
+    assert own.memory.weights_bytes == round(8.5 * GIB) and sources(own)["weights"] == "reported"
+    wide = kvplan.size_from_log(stored, model="8b", weight_dtype="bf16")
+    assert wide.memory.weights_bytes == pytest.approx(15.0 * GIB, rel=0.01) and sources(wide)["weights"] == "planned"
+
+
+def test_a_term_that_is_unknown_of_the_model_planned_has_no_source() -> None:
+    plan = kvplan.size_from_log(LLAMA, num_layers=32, num_kv_heads=8, head_dim=128, num_parameters=8 * 10**9)
+    assert plan.memory.activation_bytes is None and sources(plan)["activation"] is None
+
+
 @pytest.mark.parametrize(("gpu", "usable", "fits"), [({"gpu": "l4"}, 20.27, False), ({"gpu": "h200"}, 128.62, True),
                                                      ({"gpu_memory_bytes": 141 * 10**9}, 120.81, True)])  # fmt: skip
 def test_another_gpu_keeps_the_weights_and_has_its_own_kv_memory(
