@@ -131,10 +131,6 @@ def _others(report: ServerReport, stated: Mapping[str, Any], own_model: bool, ow
         parts.append(f"of {theirs}, not of {stated.get('model', 'a model of the shape given')}")
     if not own_gpu:
         total, asked = report.number("total_bytes"), make_request(stated).gpu_memory_bytes
-        theirs = (
-            "a GPU of another size"
-            if total is None
-            else f"{report.value('gpu') or 'a GPU'} of {format_gib(int(total))}"
-        )
+        theirs = f"{report.value('gpu') or 'a GPU'} of {'another size' if total is None else format_gib(int(total))}"
         parts.append(f"of {theirs}, not of {format_gib(asked) if asked is not None else stated['gpu']}")
     return f"the log is {', and '.join(parts)}" if parts else ""
