@@ -24,6 +24,7 @@ def advise(setup: Setup, plan: CachePlan, answer: SizePlan) -> tuple[Advice, ...
     found: list[Advice] = []
     for source in (
         _does_not_fit,
+        _scheduler,
         _budget,
         _beyond_model,
         _warnings,
@@ -41,6 +42,8 @@ def _does_not_fit(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[A
     if answer.fits is not False or answer.memory.excess_bytes:
         return
     memory, answers = answer.memory, answer.answers
+    if answers.num_waiting and not answers.kv_short_bytes_per_gpu:
+        return
     remedy = _what_would_fit(setup, plan, answer)
     if memory.kv_cache_bytes is not None and memory.kv_cache_bytes <= 0:
         yield Advice(
@@ -102,9 +105,38 @@ def _copies(plan: CachePlan) -> int:
     return copies // plan.dcp_size
 
 
+def _scheduler(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[Advice]:
+    """Requests that wait, or would, because the engine runs fewer at once than there are or are held."""
+    if answer.fits is None:
+        return
+    answers, replicas = answer.answers, setup.num_replicas
+    each = " on each replica" if replicas > 1 else ""
+    if answers.num_waiting:
+        yield Advice(
+            code="max_num_seqs",
+            message=f"--max-num-seqs {setup.request.max_num_seqs} lets {answers.max_running:,} of "
+            f"{format_count(answers.batch_size or 1, 'request')} run at once, and the rest wait; "
+            f"--max-num-seqs {setup.batch_per_replica} would let all of them",
+        )
+        return
+    default, most = setup.default_num_seqs, max(answers.batch_size or 0, answers.max_batch_at_context or 0)
+    if default is None or answer.verdict is False or most <= default * replicas:
+        return
+    runs = f"{plan.engine} {plan.version} runs {format_count(default, 'request')} at once{each} unless told"
+    if setup.batch_per_replica > default:
+        wanted = f"this plan takes --max-num-seqs {setup.batch_per_replica}"
+    else:
+        wanted = f"more, up to the {most:,} that are held, take --max-num-seqs"
+    yield Advice(code="max_num_seqs", message=f"{runs}: {wanted}")
+
+
 def _holds(setup: Setup, plan: CachePlan, available_bytes: int) -> bool:
     starts = plan.fits_one(available_bytes, setup.max_model_len_tokens)
-    return starts and plan.max_batch(available_bytes, setup.context_tokens) >= setup.batch_per_replica
+    return (
+        starts
+        and setup.runs_at_once
+        and plan.max_batch(available_bytes, setup.context_tokens) >= setup.batch_per_replica
+    )
 
 
 def _budget(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[Advice]:

@@ -50,11 +50,11 @@ def size(request: SizeRequest, *, compare: bool = True) -> SizePlan:
     if available is None:
         plan = replace(plan, gpus=smallest_on_each_gpu(setup))
     elif available > 0 and not plan.memory.excess_bytes:
-        count = cache.max_batch(available, setup.context_tokens)
-        if request.batch_size is not None:
-            count = min(count, setup.batch_per_replica)
+        held = cache.max_batch(available, setup.context_tokens)
+        count = setup.at_once(held if request.batch_size is None else min(held, setup.batch_per_replica))
         ledger = waste_ledger(cache, available, setup.context_tokens, count)
-        lines = tuple(LedgerLine(name=n, label=LABELS[n], bytes=b) for n, b in ledger.lines.items())
+        labels = LABELS if count == held else {**LABELS, "unused": "free blocks"}
+        lines = tuple(LedgerLine(name=n, label=labels[n], bytes=b) for n, b in ledger.lines.items())
         plan = replace(plan, ledger=lines, ledger_requests=count)
     return replace(plan, advice=advise(setup, cache, plan))
 
@@ -112,7 +112,9 @@ def _format_row(setup: Setup, name: str, plan: CachePlan, available: int | None,
         scale_bytes_per_token=whole(scales),
         scale_share=share,
         capacity_tokens=None if budget is None else plan.capacity_tokens(budget, setup.max_model_len_tokens),
-        max_batch_at_context=None if budget is None else plan.max_batch(budget, context) * setup.num_replicas,
+        max_batch_at_context=None
+        if budget is None
+        else setup.at_once(plan.max_batch(budget, context)) * setup.num_replicas,
         advertised_gain=KV_FORMATS[name].advertised_gain if name in KV_FORMATS else kv_format(name).advertised_gain,
         effective_gain=baseline / request_bytes if baseline else None,
         block_size_tokens=plan.block_size_tokens,
@@ -154,7 +156,7 @@ def _fewest(setup: Setup, name: str, weights: dict[int, WeightBytes | None], pla
         available = budget_of(candidate, weights[tp]).kv_bytes
         if available is None:
             return replace(row, reason="weights unknown: give --params")
-        held = plan.max_batch(available, candidate.context_tokens)
+        held = candidate.at_once(plan.max_batch(available, candidate.context_tokens))
         if not held or not plan.fits_one(available, candidate.max_model_len_tokens):
             continue
         replicas = max(-(-(setup.request.batch_size or 1) // held), setup.request.dp_size)

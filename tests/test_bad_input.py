@@ -226,6 +226,12 @@ def test_kv_memory_that_the_gpu_does_not_have_is_a_no(kvplan_cli: Cli, command: 
     assert "FITS:" not in ran.out and "Yes:" not in ran.out and "yes" not in ran.out
 
 
+@pytest.mark.parametrize("command", ["size --batch 64 --ctx 1k", "report --concurrency 64 --ctx 1k"])
+def test_users_that_the_scheduler_does_not_run_at_once_are_a_no(kvplan_cli: Cli, command: str) -> None:
+    ran = kvplan_cli(*f"{command} --model 8b --gpu h200 --max-num-seqs 16 --check".split())
+    assert ran.code == 1 and "the rest wait" in ran.out
+
+
 def test_what_would_fit_on_the_same_gpus_comes_before_more_of_them(kvplan_cli: Cli) -> None:
     """Four KV heads on eight ranks are stored twice; what DCP wins back is enough for 16 requests."""
     question = ["size", "--model", "qwen3-235b-a22b", "--gpu", "h100", "--tp", "8", "--ctx", "32k", "--batch", "16"]

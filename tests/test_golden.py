@@ -558,3 +558,45 @@ def test_kv_bytes_that_the_gpu_does_not_have_hold_no_load_and_the_allocators_que
     asked |= {"kv_cache_memory_bytes": "1000GiB"}
     assert kvplan.itl(**asked, context_tokens=8192).fits is False
     assert kvplan.itl(**asked, input_tokens=8192, output_tokens=1024, concurrency=4).fits is False
+
+
+def test_a_scheduler_told_to_run_fewer_makes_the_rest_wait() -> None:
+    """An H200 holds 892 requests of 1k; of 64, each replica that is told 16 runs 16."""
+    asked: dict[str, Any] = {"model": "8b", "gpu": "h200", "context_tokens": 1024, "batch_size": 64}
+    plan = kvplan.size(**asked, max_num_seqs=16)
+    assert plan.fits is False and plan.answers.num_waiting == 48 and plan.answers.max_batch_at_context == 16
+    assert plan.answers.kv_short_bytes_per_gpu == 0 and plan.answers.max_context_at_batch_tokens is None
+    assert [a.message for a in plan.advice if a.code == "max_num_seqs"] == [
+        "--max-num-seqs 16 lets 16 of 64 requests run at once, and the rest wait; "
+        "--max-num-seqs 64 would let all of them"
+    ]
+    assert not [a for a in plan.advice if a.code == "does_not_fit"]
+    assert kvplan.size(**asked, max_num_seqs=64).fits
+    assert kvplan.size(**asked, max_num_seqs=16, dp_size=4).fits
+    assert kvplan.size(**asked).answers.max_running == 1024
+
+
+def test_what_would_fit_counts_replicas_by_what_each_runs() -> None:
+    """64 requests, 16 at once on each replica: four of them."""
+    plan = kvplan.size(model="8b", context_tokens=1024, batch_size=64, max_num_seqs=16)
+    assert {row.num_replicas for row in plan.gpus} == {4}
+
+
+def test_a_batch_beyond_the_engines_default_is_planned_with_a_limit_of_its_own_and_said() -> None:
+    """vLLM runs 1,024 on an H200 unless told; logits of 1,500 sequences are 476 × 128,256 × 8 B more."""
+    asked: dict[str, Any] = {
+        "model": "70b",
+        "gpu": "h200",
+        "tp_size": 4,
+        "context_tokens": 1024,
+        "kv_cache_dtype": "fp8",
+    }
+    plan, default = kvplan.size(**asked, batch_size=1500), kvplan.size(**asked)
+    assert plan.fits and plan.request.max_num_seqs == 1500
+    told = kvplan.size(**asked, batch_size=1500, max_num_seqs=1500)
+    assert plan.memory.kv_cache_bytes == told.memory.kv_cache_bytes
+    assert plan.advice[0].message == (
+        "vllm 0.33 runs 1,024 requests at once unless told: this plan takes --max-num-seqs 1500"
+    )
+    assert "more, up to the" in next(a.message for a in default.advice if a.code == "max_num_seqs")
+    assert not [a for a in told.advice if a.code == "max_num_seqs"]

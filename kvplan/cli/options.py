@@ -134,7 +134,9 @@ MaxModelLen = Annotated[
     str | None,
     typer.Option("--max-model-len", help="Longest request; default --ctx, else the model's.", rich_help_panel=ENGINE),
 ]
-MaxNumSeqs = Annotated[int | None, typer.Option("--max-num-seqs", help="Requests a step.", rich_help_panel=ENGINE)]
+MaxNumSeqs = Annotated[
+    int | None, typer.Option("--max-num-seqs", help="Requests run at once, by each replica.", rich_help_panel=ENGINE)
+]
 MaxNumBatchedTokens = Annotated[
     str | None,
     typer.Option(

@@ -46,16 +46,18 @@ def answers_of(plans: Plans, deployment: Deployment) -> Answers:
     line, now, limit = plans.line, None, None
     if line is not None:
         now = _latency("now", plans, line.served, deployment.num_users or 1) if fits else None
-        limit = _latency("limit", plans, line.served, plans.held) if plans.held else None
+        limit = _latency("limit", plans, line.served, plans.served) if plans.served else None
     if excess:
         headline = words.beyond_gpu(deployment, kv_bytes, excess)
+    elif sized.num_waiting and not short:
+        headline = words.not_at_once(deployment, plans.served, plans.held)
     else:
-        headline = words.headline(deployment, fits, plans.held, kv_bytes, plans.size.too_long_tokens)
+        headline = words.headline(deployment, fits, plans.served, kv_bytes, plans.size.too_long_tokens)
     answers = Answers(
         fits=fits and refusal is None,
         headline=headline if refusal is None else f"No: {refusal}.",
         sentences=[],
-        max_users=plans.held,
+        max_users=plans.served,
         max_context_tokens=None if excess else sized.max_context_at_batch_tokens,
         kv_cache_bytes=kv_bytes,
         kv_needed_bytes=sized.kv_needed_bytes_per_gpu,
@@ -64,7 +66,7 @@ def answers_of(plans: Plans, deployment: Deployment) -> Answers:
         limit=limit,
         basis=_basis(plans),
     )
-    said = [] if excess else words.answer_sentences(deployment, answers)
+    said = [] if excess else words.answer_sentences(deployment, answers, plans.held)
     if plans.question.refused is not None:
         said.insert(0, words.instead_of(plans.question.refused, deployment, headline))
     return answers.model_copy(update={"sentences": said})

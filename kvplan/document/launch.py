@@ -15,6 +15,7 @@ from kvplan.document.parts import Launch
 from kvplan.dtypes import kv_format
 from kvplan.memory.cache_plan import CachePlan
 from kvplan.memory.engines import ENGINES
+from kvplan.memory.engines.vllm_versions import CURRENT
 from kvplan.memory.setup import Setup
 
 SGLANG_KV = {"bfloat16": "auto", "float16": "auto", "fp8": "fp8_e4m3", "fp8_e4m3": "fp8_e4m3", "fp8_e5m2": "fp8_e5m2"}
@@ -84,6 +85,10 @@ def _vllm(setup: Setup, kv_dtype: str, users: int | None) -> tuple[str | None, l
     sixteen = kv_format(kv_dtype).key_bits == 16
     if ":" in kv_dtype:
         return None, [f"vLLM has no KV format {kv_dtype}"]
+    default = ENGINES["vllm"].default_num_seqs(setup.gpu, (setup.options.version or ()) if mine else CURRENT)
+    limit = request.max_num_seqs
+    if limit is None and users is not None and default is not None and users > default:
+        limit = users
     options = [
         ("--tensor-parallel-size", _above_one(request.tp_size)),
         ("--pipeline-parallel-size", _above_one(request.pp_size)),
@@ -91,7 +96,7 @@ def _vllm(setup: Setup, kv_dtype: str, users: int | None) -> tuple[str | None, l
         ("--decode-context-parallel-size", _above_one(request.dcp_size)),
         ("--enable-expert-parallel", True if request.ep else None),
         ("--max-model-len", setup.max_model_len_tokens),
-        ("--max-num-seqs", request.max_num_seqs),
+        ("--max-num-seqs", limit),
         ("--max-num-batched-tokens", request.max_num_batched_tokens),
         ("--kv-cache-dtype", "auto" if sixteen else kv_dtype),
         ("--block-size", request.block_size_tokens),
@@ -100,7 +105,7 @@ def _vllm(setup: Setup, kv_dtype: str, users: int | None) -> tuple[str | None, l
         ("--kv-cache-memory-bytes", given),
     ]
     notes = []
-    if users is not None and request.max_num_seqs is None:
+    if users is not None and limit is None:
         notes.append(f"add --max-num-seqs {users} to make the planned number of users a limit")
     return _command(["vllm", "serve", model_reference(setup)], options), notes
 
@@ -118,7 +123,7 @@ def _sglang(setup: Setup, kv_dtype: str, users: int | None) -> tuple[str | None,
         ("--enable-dp-attention", True if request.ep and request.dp_size > 1 else None),
         ("--ep-size", request.tp_size * request.dp_size if request.ep else None),
         ("--context-length", setup.max_model_len_tokens),
-        ("--max-running-requests", users if users is not None else request.max_num_seqs),
+        ("--max-running-requests", users if request.max_num_seqs is None else request.max_num_seqs),
         ("--kv-cache-dtype", SGLANG_KV[kv_dtype]),
         ("--page-size", request.block_size_tokens),
         ("--disable-radix-cache", None if request.enable_prefix_caching else True),
@@ -144,7 +149,7 @@ def _tensorrt_llm(setup: Setup, kv_dtype: str, users: int | None) -> tuple[str |
         ("--pp_size", _above_one(request.pp_size)),
         ("--ep_size", gpus if request.ep else None),
         ("--max_seq_len", setup.max_model_len_tokens),
-        ("--max_batch_size", users if users is not None else request.max_num_seqs),
+        ("--max_batch_size", users if request.max_num_seqs is None else request.max_num_seqs),
         ("--free_gpu_memory_fraction", f"{_fraction(setup, 'tensorrt-llm'):g}"),
         ("--config", config),
     ]

@@ -74,7 +74,7 @@ def _ledger(plans: Plans) -> dict[str, int]:
     if plans.room_bytes <= 0:
         return {}
     setup, context = plans.setup, plans.setup.context_tokens
-    held = min(plans.cache.max_batch(plans.room_bytes, context), setup.batch_per_replica)
+    held = setup.at_once(min(plans.cache.max_batch(plans.room_bytes, context), setup.batch_per_replica))
     return waste_ledger(plans.cache, plans.room_bytes, context, held).lines
 
 
@@ -122,7 +122,7 @@ class Holds(NamedTuple):
         """What ``cache`` holds of ``setup``'s context in ``available_bytes`` of each GPU."""
         room, replicas = max(available_bytes, 0), setup.num_replicas
         needed = cache.bytes_per_request(setup.context_tokens)
-        return cls(cache.max_batch(room, setup.context_tokens) * replicas, replicas * room / needed)
+        return cls(setup.at_once(cache.max_batch(room, setup.context_tokens)) * replicas, replicas * room / needed)
 
 
 def _line(plans: Plans, now: Holds, line: tuple[str, str, int]) -> Waste:
@@ -148,7 +148,7 @@ def _unused(plans: Plans, size: int, share: float) -> Waste:
     """Free blocks: room for more users, or for more context of those there are."""
     setup, cache, available = plans.setup, plans.cache, plans.room_bytes
     users = plans.size.ledger_requests or 0
-    more = cache.max_batch(available, setup.context_tokens) - users
+    more = setup.at_once(cache.max_batch(available, setup.context_tokens)) - users
     label = LABELS["unused"]
     if more > 0:
         fix = f"room for {format_count(more * setup.num_replicas, 'more user')}"

@@ -57,9 +57,14 @@ class Plans:
         return self.chosen.line
 
     @property
-    def held(self) -> int:
-        """Users held at the report's context, over all replicas."""
+    def served(self) -> int:
+        """Users held at the report's context and let run at once, over all replicas."""
         return (self.size.answers.max_batch_at_context or 0) if self.room_bytes else 0
+
+    @property
+    def held(self) -> int:
+        """Users whose KV is held at the report's context, over all replicas, run or not."""
+        return self.cache.max_batch(self.room_bytes, self.setup.context_tokens) * self.setup.num_replicas
 
 
 def make_plans(options: Mapping[str, Any]) -> Plans:

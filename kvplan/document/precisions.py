@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvplan.document.parts import KernelRatio, Precision
 from kvplan.document.question import Question
@@ -62,7 +62,8 @@ def formats_of(question: Question, setup: Setup, cache: CachePlan, available_byt
             continue
         plan = cache_plan(with_format(setup, name))
         line, problem = _line(question, setup, name, contexts, users)
-        longest = plan.max_context(available_bytes, ceil_div(users, setup.num_replicas), limit)
+        each = ceil_div(users, setup.num_replicas)
+        longest = plan.max_context(available_bytes, each, limit) if setup.runs_at_once else None
         found.append(Format(name, name == chosen, row, plan, line, problem, longest))
     return found
 
@@ -82,10 +83,14 @@ def _line(question: Question, setup: Setup, name: str, contexts: Sequence[int], 
     options = {key: getattr(setup.request, key) for key in FIELDS if key not in left_out}
     options = {key: value for key, value in options.items() if value is not None}
     options |= {"kv_cache_dtype": name, "calibration": question.calibration}
+    stated = setup.request.max_num_seqs is not None
+    if not stated and setup.default_num_seqs is not None:
+        options["max_num_seqs"] = setup.options.max_num_seqs  # memory as it is planned
     if setup.request.gpu is None and setup.gpu is not None:
         return None, f"the bandwidth and compute of a {setup.gpu.display_name} are unknown"
     try:
-        return make_line(name, options, contexts, users), None
+        line = make_line(name, options, contexts, users)
+        return line if stated else replace(line, served=replace(line.served, max_running=None)), None
     except KvplanError as error:
         return None, error.message
 

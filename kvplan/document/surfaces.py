@@ -64,8 +64,9 @@ def _surface(fmt: Format, setup: Setup, available: int, users: list[int], contex
     assert plan is not None
     replicas = setup.num_replicas
     longest = max(setup.model.max_context_tokens or 0, setup.max_model_len_tokens)
-    limits = [plan.max_context(available, ceil_div(count, replicas), longest) for count in users]
-    held = [int(count) * replicas for count in max_batches(plan, available, contexts)]
+    each = [ceil_div(count, replicas) for count in users]
+    limits = [plan.max_context(available, n, longest) if setup.at_once(n) == n else None for n in each]
+    held = [setup.at_once(int(count)) * replicas for count in max_batches(plan, available, contexts)]
     needed = [plan.bytes_per_request(context) for context in contexts]
     common = {
         "kv_cache_dtype": fmt.name,

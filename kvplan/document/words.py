@@ -50,14 +50,23 @@ def beyond_gpu(deployment: Deployment, kv_bytes: int, excess_bytes: int) -> str:
     )
 
 
+def not_at_once(deployment: Deployment, served_users: int, held_users: int) -> str:
+    """No, for the scheduler was told to run fewer at once."""
+    d = deployment
+    return (
+        f"No: {users(d.num_users or 1)} at {format_tokens(d.context_tokens)} tokens each do not run at once on "
+        f"{hardware(d)}: its --max-num-seqs runs {served_users:,}, and the rest wait; memory holds {held_users:,}."
+    )
+
+
 def instead_of(refused: str, deployment: Deployment, instead: str) -> str:
     """What a report is about whose KV format is refused: the format the model gets by default, and its headline."""
     return f"With {deployment.kv_cache_dtype} KV in place of {refused}, which all below is about: {instead}"
 
 
-def answer_sentences(deployment: Deployment, answers: Answers) -> list[str]:
-    """What the headline rests on: capacity, headroom, speed now, speed at the limit."""
-    found = [_capacity(deployment, answers)]
+def answer_sentences(deployment: Deployment, answers: Answers, held_users: int) -> list[str]:
+    """What the headline rests on: capacity (users held, run or not), headroom, speed now, speed at the limit."""
+    found = [_capacity(deployment, answers, held_users)]
     if answers.kv_headroom_bytes is not None and (answers.kv_cache_bytes or 0) > 0:
         found.append(_headroom(deployment, answers))
     if answers.basis.problem is not None:
@@ -77,14 +86,18 @@ def answer_sentences(deployment: Deployment, answers: Answers) -> list[str]:
     return found
 
 
-def _capacity(deployment: Deployment, answers: Answers) -> str:
+def _capacity(deployment: Deployment, answers: Answers, held_users: int) -> str:
     exact = "exact" if deployment.rules == "exact" else "approximate"
     rules = f"{deployment.engine} {deployment.engine_version}, {exact} rules"
     if (answers.kv_cache_bytes or 0) <= 0:
         return f"Weights and the engine's own memory need more than each GPU offers ({rules})."
-    text = f"The KV cache, {format_gib(answers.kv_cache_bytes)} on each GPU, holds {users(answers.max_users)} at "
+    text = f"The KV cache, {format_gib(answers.kv_cache_bytes)} on each GPU, holds {users(held_users)} at "
     text += f"{format_tokens(deployment.context_tokens)} tokens"
     asked = deployment.num_users or 1
+    if answers.max_users < held_users:
+        text += f", of which --max-num-seqs lets {answers.max_users:,} run at once"
+    if asked > answers.max_users and answers.max_users < held_users:
+        return f"{text} ({rules})."
     if answers.max_context_tokens is None:
         return f"{text} and not one token for {users(asked)} ({rules})."
     if answers.max_context_tokens != deployment.context_tokens:
@@ -175,7 +188,11 @@ def _gain(small: Precision, base: Precision | None) -> str:
         text += f", not the claimed {format_ratio(small.claimed_gain, 0)}"
     scales = f"scales take {format_percent(small.scale_share)}" if small.scale_share else "its scales take nothing here"
     held, before = small.max_users or 0, base.max_users or 0
-    return f"{text} ({scales})." if not held else f"{text} ({scales}): {users(held)} instead of {before:,}."
+    return (
+        f"{text} ({scales})."
+        if not held or held == before
+        else f"{text} ({scales}): {users(held)} instead of {before:,}."
+    )
 
 
 def _slope(small: Precision) -> str:

@@ -38,7 +38,7 @@ class ItlLine:
         slope_ratio_source, slope_ratio_detail: ``calibrated`` or ``assumed``, and from what.
         break_even_tokens: batch × context below which the format saves less than 2% of ITL; None when it never does.
         max_context_tokens: the longest context whose KV the batch holds at once; None when not even one token,
-            or when memory is unknown.
+            when a stated ``max_num_seqs`` is less than the batch, or when memory is unknown.
 
     """
 
@@ -102,11 +102,10 @@ def make_line(label: str, options: dict[str, Any], contexts: Sequence[int], batc
 
 
 def _max_context(served: Served, batch_size: int) -> int | None:
-    if served.available_bytes is None:
+    if served.available_bytes is None or (served.told and served.scheduler_limit(batch_size) is not None):
         return None
-    ranks = served.deployment.attention_dp_size * served.deployment.num_replicas
     limit = max(served.model.max_context_tokens or FALLBACK_MAX_CONTEXT, served.setup.max_model_len_tokens)
-    return served.plan.max_context(served.available_bytes, ceil_div(batch_size, ranks), limit)
+    return served.plan.max_context(served.available_bytes, ceil_div(batch_size, served.num_ranks), limit)
 
 
 def _against_16_bits(served: Served, options: dict[str, Any], batch_size: int, context: int

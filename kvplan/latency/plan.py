@@ -38,7 +38,9 @@ class Load(NamedTuple):
     """Requests under a closed loop of clients.
 
     Attributes:
-        running_requests: requests that decode at once over all ranks; fewer than the clients when KV runs out.
+        running_requests: requests that decode at once over all ranks; fewer than the clients when KV runs out
+            or the scheduler runs no more.
+        wait_note: why fewer than the clients run, in words; None when all do.
         prefill_wait_s: the part of ``tpot_s`` that is other requests' prefill.
 
     """
@@ -49,6 +51,7 @@ class Load(NamedTuple):
     ttft_interval_s: tuple[float, float]
     prefill_wait_s: float
     running_requests: float
+    wait_note: str | None = None
 
 
 class DeploymentFacts(NamedTuple):
@@ -69,7 +72,8 @@ class ItlPlan(NamedTuple):
         itl_s: a decode step at the context (under load: at the mean context of the running requests).
         intercept_s, slope_s_per_token: ``itl_s = intercept_s + slope_s_per_token × context``, exact at this point and
             along the linear piece it lies on.
-        fits: whether the KV of the batch fits at once; None when memory is unknown.
+        fits: whether the KV of the batch fits at once, and a stated ``max_num_seqs`` lets it run; None when memory is
+            unknown.
         roofline_s: weights and KV at peak bandwidth, experts as skewed routing touches them.
         interval_note: what the interval comes from, in words.
 
@@ -127,6 +131,7 @@ class ItlPlan(NamedTuple):
         }
         if self.load is not None:
             load = self.load
+            found["notes"] += [load.wait_note] if load.wait_note is not None else []
             found |= {
                 "tpot_s": load.tpot_s, "tpot_interval_s": list(load.tpot_interval_s),
                 "ttft_s": load.ttft_s, "ttft_interval_s": list(load.ttft_interval_s),

@@ -158,7 +158,8 @@ def _plan_steps(served: Served, facts: DeploymentFacts, parameters: dict[str, fl
     times = step_times(parameters, served.step_features(per_rank, context))
     slope = np.asarray(slope_s_per_token(parameters, served.kv_slope_s(per_rank, context)))
     capacity = served.max_batch(context)
-    fits = [None] * len(points) if capacity is None else (batch <= capacity).tolist()
+    limit = served.max_running if served.told and served.max_running is not None else np.inf
+    fits = [None] * len(points) if capacity is None else ((batch <= capacity) & (per_rank <= limit)).tolist()
     bound = _bound_s(served, parameters, per_rank, context).tolist()
     interval = point_intervals(served, per_rank * served.deployment.attention_dp_size, context)
     return _assemble(facts, points, context, times, slope, bound, fits, interval)
@@ -176,6 +177,8 @@ def _plan_loads(served: Served, facts: DeploymentFacts, parameters: dict[str, fl
     interval = point_intervals(served, np.asarray(step.sequences), context)
     tpot, ttft, wait = (np.asarray(values) for values in (times.tpot_s, times.ttft_s, times.prefill_wait_s))
     t_low, t_high = interval.ttft_low[load.has_spread.astype(int)], interval.ttft_high[load.has_spread.astype(int)]  # type: ignore[union-attr]
+    share = clients / ranks
+    waiting = [_wait(served, float(c), bool(w)) for c, w in zip(clients, running < share - 1e-9, strict=True)]
     columns = (
         tpot,
         tpot * interval.low,
@@ -187,11 +190,24 @@ def _plan_loads(served: Served, facts: DeploymentFacts, parameters: dict[str, fl
         running * ranks,
     )
     loads = [
-        Load(a, (b, c), d, (e, f), g, h) for a, b, c, d, e, f, g, h in zip(*(x.tolist() for x in columns), strict=True)
+        Load(a, (b, c), d, (e, f), g, h, note)
+        for (a, b, c, d, e, f, g, h), note in zip(
+            zip(*(x.tolist() for x in columns), strict=True), waiting, strict=True
+        )
     ]
-    held = (running >= clients / ranks - 1e-9) & ((served.available_bytes or 0) > 0)
+    if not served.told and served.max_running is not None:  # a default is no "no": it can be set
+        share = np.minimum(share, served.max_running)
+    held = (running >= share - 1e-9) & ((served.available_bytes or 0) > 0)
     fits = [None] * len(points) if served.available_bytes is None else held.tolist()
     return _assemble(facts, points, context, times.step, slope, bound, fits, interval, loads)
+
+
+def _wait(served: Served, clients: float, waits: bool) -> str | None:
+    """Why some clients wait for a slot, in words; None when none do."""
+    if not waits:
+        return None
+    limit = served.scheduler_limit(clients)
+    return f"{limit or 'KV is short'}: some clients wait for a slot, and TTFT leaves that wait out"
 
 
 def _assemble(facts: DeploymentFacts, points: Sequence[Point], context: Floats, times: StepTimes, slope: Floats,

@@ -5,6 +5,7 @@ Made once for all points of a deployment; its methods take arrays of batches and
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -62,6 +63,8 @@ class Served:
         request: as resolved; its KV format is what the engine uses.
         slope_dtype: the KV format time goes by (``auto`` resolved to the bits it stores).
         kv_speed: how fast that format is read against 16 bits, and from what.
+        max_running: requests the scheduler of one attention rank runs at once, as told or by the engine's default; None
+            when neither is known.
         available_bytes: KV budget of one GPU; below 0 what is missing on it, None when unknown.
 
     """
@@ -75,6 +78,7 @@ class Served:
     traits: Traits
     kv_speed: KvSpeed
     available_bytes: int | None
+    max_running: int | None
     notes: tuple[str, ...]
 
     @property
@@ -88,17 +92,36 @@ class Served:
         assert self.setup.gpu is not None
         return self.setup.gpu
 
+    @property
+    def told(self) -> bool:
+        """Whether ``max_running`` was stated, and is not the engine's default."""
+        return self.request.size.max_num_seqs is not None
+
+    @property
+    def num_ranks(self) -> int:
+        """Attention ranks with requests of their own, over all replicas."""
+        return self.deployment.attention_dp_size * self.deployment.num_replicas
+
+    def scheduler_limit(self, requests: float) -> str | None:
+        """Which limit keeps so many requests over all ranks from running at once, in words; None when none does."""
+        each = math.ceil(requests / self.num_ranks)
+        if self.max_running is None or each <= self.max_running:
+            return None
+        where = "" if self.num_ranks == 1 else f" on each of {self.num_ranks} ranks"
+        if self.told:
+            return f"--max-num-seqs {self.max_running} runs {self.max_running:,} at once{where}"
+        runs = f"{self.setup.engine.name} runs {self.max_running:,} at once{where} unless told"
+        return f"{runs} (--max-num-seqs {each})"
+
     def batch_per_rank(self, batch_size: Any) -> Floats:
         """Requests of the fullest attention rank in one step, for a batch over all ranks and replicas."""
-        ranks = self.deployment.attention_dp_size * self.deployment.num_replicas
-        return np.asarray(np.ceil(np.asarray(batch_size, dtype=float) / ranks))
+        return np.asarray(np.ceil(np.asarray(batch_size, dtype=float) / self.num_ranks))
 
     def max_batch(self, context_tokens: Any) -> Floats | None:
         """Requests of that context all ranks hold at once; None when memory is unknown."""
         if self.available_bytes is None:
             return None
-        ranks = self.deployment.attention_dp_size * self.deployment.num_replicas
-        return np.asarray(max_batches(self.plan, self.available_bytes, context_tokens) * ranks, dtype=float)
+        return np.asarray(max_batches(self.plan, self.available_bytes, context_tokens) * self.num_ranks, dtype=float)
 
     def step_features(self, batch_per_rank: Floats, context_tokens: Number) -> StepFeatures:
         """Features of a step of ``batch_per_rank`` requests at a mean context; both float arrays of one shape."""
@@ -158,9 +181,8 @@ class Served:
         return self.traffic.weights["expert" if self.traffic.num_experts else "mlp"].format
 
     def running_requests(self, concurrency: Floats, input_tokens: Floats, output_tokens: Floats) -> Floats:
-        """Requests one attention rank runs at once: its share of the clients, as far as KV holds, at least one."""
-        ranks = self.deployment.attention_dp_size * self.deployment.num_replicas
-        share = concurrency / ranks
+        """Requests one attention rank runs at once: its share of the clients as KV and scheduler let, at least one."""
+        share = np.minimum(concurrency / self.num_ranks, np.inf if self.max_running is None else self.max_running)
         if self.available_bytes is None:
             return np.maximum(share, 1.0)
         reserved = RESERVED_OUTPUT.get(self.setup.engine.name, MID_REQUEST)
@@ -245,6 +267,7 @@ def serve(request: ItlRequest) -> Served:
         ),
         kv_speed=speed,
         available_bytes=_available_bytes(setup, request, traffic),
+        max_running=size.max_num_seqs or setup.default_num_seqs,
         notes=tuple(notes),
     )
 

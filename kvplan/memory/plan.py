@@ -109,6 +109,9 @@ class Answers:
     Attributes:
         kv_needed_bytes: KV of ``batch_size`` (or one) requests at ``context_tokens``, on all GPUs.
         kv_short_bytes_per_gpu: bytes missing on each GPU; 0 when it fits, None if unknown.
+        max_batch_at_context: requests held, and, where ``max_num_seqs`` was stated, let run at once.
+        max_running: requests that ``max_num_seqs``, or else the engine's default, lets run at once; None if unknown.
+        max_running_source: ``given`` or, of the default, ``exact``.
 
     """
 
@@ -120,6 +123,14 @@ class Answers:
     max_batch_at_context: int | None
     max_context_at_batch_tokens: int | None
     num_gpus: int
+    max_running: int | None = None
+    max_running_source: Source | None = None
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests of the batch that wait because the scheduler was told to run fewer at once."""
+        stated = self.max_running if self.max_running_source == "given" else None
+        return 0 if stated is None else max((self.batch_size or 1) - stated, 0)
 
 
 @dataclass(frozen=True, slots=True)

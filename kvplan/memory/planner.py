@@ -78,7 +78,7 @@ def fits(setup: Setup, plan: CachePlan, budget: Budget) -> bool | None:
     starts = plan.fits_one(available_bytes, setup.max_model_len_tokens)
     if not starts or setup.request.batch_size is None:
         return starts
-    return plan.max_batch(available_bytes, setup.context_tokens) >= setup.batch_per_replica
+    return setup.runs_at_once and plan.max_batch(available_bytes, setup.context_tokens) >= setup.batch_per_replica
 
 
 def per_token_bytes(plan: CachePlan) -> tuple[float, float]:
@@ -171,8 +171,10 @@ def answers_of(setup: Setup, plan: CachePlan, available: int | None) -> Answers:
     if available is not None:
         reserved = plan.reserved_blocks * plan.pool_bytes_per_block
         short = max(needed + reserved - max(available, 0), 0)
-        max_batch = plan.max_batch(available, setup.context_tokens) * request.dp_size
-        max_context = plan.max_context(available, setup.batch_per_replica, limit)
+        max_batch = setup.at_once(plan.max_batch(available, setup.context_tokens)) * request.dp_size
+        if setup.runs_at_once:
+            max_context = plan.max_context(available, setup.batch_per_replica, limit)
+    running = request.max_num_seqs or setup.default_num_seqs
     return Answers(
         context_tokens=setup.context_tokens,
         batch_size=request.batch_size,
@@ -182,6 +184,8 @@ def answers_of(setup: Setup, plan: CachePlan, available: int | None) -> Answers:
         max_batch_at_context=max_batch,
         max_context_at_batch_tokens=max_context,
         num_gpus=num_gpus,
+        max_running=None if running is None else running * request.dp_size,
+        max_running_source=None if running is None else "given" if request.max_num_seqs is not None else "exact",
     )
 
 

@@ -49,6 +49,22 @@ class Setup:
         """Requests the fullest replica holds; 1 when no batch was asked for."""
         return ceil_div(self.request.batch_size or 1, self.num_replicas)
 
+    @property
+    def default_num_seqs(self) -> int | None:
+        """Requests one replica runs at once unless told; None where that was stated, or is not known."""
+        if self.request.max_num_seqs is not None or self.gpu is None:
+            return None
+        return self.engine.default_num_seqs(self.gpu, self.options.version or ())
+
+    @property
+    def runs_at_once(self) -> bool:
+        """Whether the scheduler, as it was told, lets the whole batch run at once."""
+        return self.at_once(self.batch_per_replica) == self.batch_per_replica
+
+    def at_once(self, held: int) -> int:
+        """Of requests that one replica holds, those that a stated ``max_num_seqs`` lets run at once."""
+        return min(held, self.request.max_num_seqs or held)
+
 
 def set_up(request: SizeRequest) -> Setup:
     """Look up the model, the GPU and the engine, and fill in the engine's defaults.
@@ -63,7 +79,12 @@ def set_up(request: SizeRequest) -> Setup:
     gpu = _gpu_of(request)
     rules = VersionRules(version if engine.name == "vllm" else (0, 33))
     batched = request.max_num_batched_tokens or rules.default_batched_tokens(gpu)
+    default_seqs = engine.default_num_seqs(gpu, version)
     num_seqs = request.max_num_seqs or rules.default_num_seqs(gpu)
+    if (
+        request.max_num_seqs is None and default_seqs is not None
+    ):  # a batch beyond it is planned with a limit of its own
+        num_seqs = max(default_seqs, ceil_div(request.batch_size or 1, request.dp_size))
     context = request.context_tokens or request.max_model_len_tokens or model.max_context_tokens
     if context is None:
         raise InputError("no context given and the model names none", hint="add --ctx 32k")

@@ -139,6 +139,13 @@ def _too_large(served: Served) -> str:
 
 
 def _ending(line: ItlLine) -> str:
+    limit = line.served.scheduler_limit(line.plans[0].point.batch_size or 1)
+    if limit is not None and line.served.told:
+        return f"{limit}, so this batch never does"
+    return _kv_ending(line) + ("" if limit is None else f"; {limit}")
+
+
+def _kv_ending(line: ItlLine) -> str:
     if not line.memory_known:
         return "memory unknown, so nothing is said about what fits"
     if line.max_context_tokens is None:
@@ -183,11 +190,7 @@ def show_load(page: Page, plans: list[tuple[str, ItlPlan, Served]], *, explain: 
             page.line(f"{label}: {_too_large(served)}.")
             continue
         share = plan.load.prefill_wait_s / plan.load.tpot_s
-        waiting = (
-            ""
-            if plan.fits is not False
-            else "; KV is short: some clients wait for a slot, and TTFT leaves that wait out"
-        )
+        waiting = "" if plan.load.wait_note is None else f"; {plan.load.wait_note}"
         page.line(
             f"{label}: of TPOT, {format_seconds(plan.itl_s)} is the decode step and {format_percent(share, 0)} "
             f"waiting for other requests' prefill{waiting}.",

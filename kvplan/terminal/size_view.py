@@ -107,6 +107,10 @@ def _verdict(console: Console, plan: SizePlan) -> None:
         _line(console, f"FITS: {what}, with {format_gib(free)} of KV to spare on each GPU", "bold green")
     elif (plan.memory.kv_cache_bytes or 0) <= 0:
         _line(console, "DOES NOT FIT: no memory is left for KV", "bold red")
+    elif answers.num_waiting and not answers.kv_short_bytes_per_gpu:
+        runs, waits = answers.max_running, answers.num_waiting
+        told = f"--max-num-seqs {request.max_num_seqs} runs {runs:,} at once, {waits:,} wait"
+        _line(console, f"DOES NOT FIT: {what}: {told}", "bold red")
     elif plan.too_long_tokens is not None:
         longest = format_tokens(plan.too_long_tokens)
         _line(console, f"DOES NOT FIT: {what} would, the longest request of {longest} tokens does not", "bold red")
@@ -139,7 +143,9 @@ def _cache(console: Console, plan: SizePlan) -> None:
             "as the engine logs it" if exact else f"requests of {length} tokens",
         )
         at = format_tokens(answers.context_tokens)
-        add_row(table, "largest batch", f"{answers.max_batch_at_context:,}", f"requests at {at} tokens, all replicas")
+        told = answers.max_running_source == "given" and answers.max_batch_at_context == answers.max_running
+        why = f"requests at {at} tokens, all replicas" + (": --max-num-seqs" if told else "")
+        add_row(table, "largest batch", f"{answers.max_batch_at_context:,}", why)
         who = f"batch {answers.batch_size:,}" if answers.batch_size else "one request"
         longest = format_tokens(answers.max_context_at_batch_tokens) if answers.max_context_at_batch_tokens else "none"
         model_limit = plan.model.max_context_tokens if plan.model is not None else None

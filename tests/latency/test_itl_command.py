@@ -295,3 +295,31 @@ def test_one_output_token_has_no_tpot() -> None:
     )
     assert isinstance(answer, InputError)
     assert "no TPOT" in answer.message
+
+
+def test_no_more_run_than_the_scheduler_lets() -> None:
+    """KV of 1,631 requests is held on an H200; vLLM runs 1,024 unless told, and a default can be set."""
+    asked: dict[str, Any] = {
+        "model": "8b",
+        "gpu": "h200",
+        "input_tokens": 512,
+        "output_tokens": 128,
+        "concurrency": 1500,
+    }
+    default, told = kvplan.itl(**asked), kvplan.itl(**asked, max_num_seqs=16)
+    raised = kvplan.itl(**asked, max_num_seqs=1500)
+    assert default.load is not None and told.load is not None and raised.load is not None
+    assert default.load.running_requests == 1024 and default.fits
+    assert "vllm runs 1,024 at once unless told (--max-num-seqs 1500)" in default.as_dict()["notes"][-1]
+    assert told.load.running_requests == 16 and told.fits is False
+    assert "--max-num-seqs 16 runs 16 at once" in told.as_dict()["notes"][-1]
+    assert raised.load.running_requests == 1500 and raised.fits and raised.load.wait_note is None
+    twice = kvplan.itl(**asked, max_num_seqs=16, dp_size=2)
+    assert twice.load is not None and twice.load.running_requests == 32
+
+
+def test_a_step_of_more_than_the_scheduler_was_told_never_runs(kvplan_cli: Callable[..., Ran]) -> None:
+    words = "itl --model 8b --gpu h200 --ctx 1k --batch 64 --max-num-seqs 16"
+    assert "--max-num-seqs 16 runs 16 at once" in " ".join(kvplan_cli(*words.split()).out.split())
+    assert kvplan.itl(model="8b", gpu="h200", context_tokens=1024, batch_size=64, max_num_seqs=16).fits is False
+    assert kvplan.itl(model="8b", gpu="h200", context_tokens=1024, batch_size=64, max_num_seqs=64).fits

@@ -67,7 +67,7 @@ def test_prompts_that_queue_are_said_in_words() -> None:
     answer_s = 44 * now.tpot.value_s
     for ttft_s, queue in ((0.99 * answer_s, False), (1.01 * answer_s, True)):
         later = now.model_copy(update={"ttft": now.ttft.model_copy(update={"value_s": ttft_s})})
-        sentences = answer_sentences(report.deployment, report.answers.model_copy(update={"now": later}))
+        sentences = answer_sentences(report.deployment, report.answers.model_copy(update={"now": later}), 0)
         said = [line for line in sentences if "waits longer for the first token" in line]
         assert len(said) == queue
         assert all("4,096 tokens" in line for line in said)
@@ -243,6 +243,27 @@ def test_no_because_the_kv_memory_given_is_not_there() -> None:
     assert a.kv_headroom_bytes == next(s.bytes for s in report.memory if s.kind == "short")
     assert all(held == 0 for surface in report.what_if.surfaces for held in surface.max_users)
     assert not [waste for waste in report.waste if waste.name == "unused"]
+
+
+def test_no_because_the_scheduler_runs_fewer_at_once() -> None:
+    report = kvplan.report(model="8b", gpu="h200", ctx="1k", concurrency=64, max_num_seqs=16, date=DATE)
+    a = report.answers
+    assert not a.fits and a.max_users == 16 and a.now is None and a.limit is not None and a.limit.num_users == 16
+    assert a.headline.endswith("its --max-num-seqs runs 16, and the rest wait; memory holds 892.")
+    assert "holds 892 users at 1,024 tokens, of which --max-num-seqs lets 16 run at once" in a.sentences[0]
+    assert max(held for surface in report.what_if.surfaces for held in surface.max_users) == 16
+    room = kvplan.report(model="8b", gpu="h200", ctx="1k", concurrency=10, max_num_seqs=16, date=DATE).answers
+    assert room.headline.endswith("with room for 6 more.")
+
+
+def test_users_beyond_the_engines_default_are_launched_with_a_limit_of_their_own() -> None:
+    report = kvplan.report(model="70b", gpu="h200", tp=4, ctx="1k", concurrency=1500, kv_cache_dtype="fp8", date=DATE)
+    assert report.answers.fits and report.answers.now is not None
+    assert " --max-num-seqs 1500 " in (report.launch[0].command or "")
+    assert "this plan takes --max-num-seqs 1500" in report.advice[0].message
+    stated = kvplan.itl(model="70b", gpu="h200", tp_size=4, kv_cache_dtype="fp8", input_tokens=896, output_tokens=128,
+                        concurrency=1500, max_num_seqs=1500)  # fmt: skip
+    assert stated.load is not None and report.answers.now.tpot.value_s == pytest.approx(stated.load.tpot_s, rel=1e-5)
 
 
 def test_speed_is_unknown_where_the_bandwidth_is() -> None:

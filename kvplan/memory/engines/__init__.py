@@ -31,6 +31,8 @@ class Engine:
         default_fraction: for a GPU and version.
         fraction_flag: the engine's own option.
         exact: whether the rules reproduce the engine's allocator.
+        default_num_seqs: requests a replica runs at once unless told, for a GPU and version; None where the rules do
+            not say (SGLang works it out from its pool).
 
     """
 
@@ -42,6 +44,7 @@ class Engine:
     fraction_flag: str
     fraction_source: str
     exact: bool
+    default_num_seqs: Callable[[GpuSpec | None, tuple[int, ...]], int | None] = lambda gpu, version: None
 
 
 def _vllm_plan(model: ModelConfig, options: EngineOptions) -> CachePlan:
@@ -74,6 +77,12 @@ def _vllm_fraction(gpu: GpuSpec | None, version: tuple[int, ...]) -> float:
     return VersionRules(version).default_fraction
 
 
+def _vllm_num_seqs(gpu: GpuSpec | None, version: tuple[int, ...]) -> int:
+    from kvplan.memory.engines.vllm_versions import VersionRules
+
+    return VersionRules(version).default_num_seqs(gpu)
+
+
 def _sglang_fraction(gpu: GpuSpec | None, version: tuple[int, ...]) -> float:
     """SGLang leaves room for activations and graphs by GPU size (``server_args.py``); typical values."""
     if gpu is None:
@@ -89,7 +98,7 @@ ENGINES: dict[str, Engine] = {
     engine.name: engine
     for engine in (
         Engine("vllm", "0.33", _vllm_plan, "total", _vllm_fraction, "--gpu-memory-utilization",
-               "vllm/config/cache.py", True),
+               "vllm/config/cache.py", True, _vllm_num_seqs),
         Engine("sglang", "0.5", _sglang_plan, "static", _sglang_fraction, "--mem-fraction-static",
                "sglang/srt/server_args.py", False),
         Engine("tensorrt-llm", "1.3", _tensorrt_llm_plan, "free", _constant(0.9), "free_gpu_memory_fraction",
