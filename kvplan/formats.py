@@ -121,7 +121,7 @@ def _engine_slopes() -> Iterator[tuple[str, EngineSlope]]:
     for found in store.every():
         if found.data.get("kind") != KIND or str(found.data.get("gpu")).startswith(CPU):
             continue
-        calibration = attention_from_json(found.data, found.name, found.origin)
+        calibration = attention_from_json(found.data, found.where, found.origin)
         base = next((name for name in SIXTEEN_BITS if name in found.data["kv_dtypes"]), None)
         for name in found.data["kv_dtypes"]:
             if base is None or name not in KV_FORMATS or name == base:

@@ -18,6 +18,7 @@ from kvplan.errors import ProfileError
 SHIPPED = "shipped"
 MEASURED_HERE = "measured here"
 GIVEN = "given"
+KINDS = ("all_reduce", "attention", "gemm", "mla_decode", "moe", "serving")
 MAX_FILE_BYTES = 16 * 2**20
 
 
@@ -64,30 +65,54 @@ def read(path: Path) -> Mapping[str, Any]:
     return data
 
 
-def every() -> Iterator[Found]:
-    """Every calibration file: the user's, by name, then the shipped ones, by name."""
+def _own() -> Iterator[Found]:
+    """The user's calibrations, by name.
+
+    Raises:
+        ProfileError: a file of the folder is no calibration; passed over, it would look as if it were used.
+
+    """
     folder = user_folder()
-    if folder.is_dir():
-        for path in sorted(folder.glob("*.json")):
-            yield Found(path.stem, read(path), str(path), MEASURED_HERE)
+    for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
+        data = read(path)
+        if data.get("kind") not in KINDS or not isinstance(data.get("gpu", ""), str):
+            raise ProfileError(f"{path}: not a calibration by its kind and gpu",
+                               hint="write it with `kvplan calibrate`, or move it out of this folder")  # fmt: skip
+        yield Found(path.stem, data, str(path), MEASURED_HERE)
+
+
+def every() -> Iterator[Found]:
+    """Every calibration file: the user's, by name, then the shipped ones, by name.
+
+    Raises:
+        ProfileError: a file of the user's folder is no calibration.
+
+    """
+    yield from _own()
     for name in profiles.names("calibrations"):
         yield Found(name, profiles.load("calibrations", name), f"calibration {name}", SHIPPED)
 
 
 def find(kind: str, gpu_name: str, engine: str) -> Found | None:
-    """The first calibration of ``kind`` for this GPU (name or alias) and engine, or None."""
+    """The first calibration of ``kind`` for this GPU (name or alias) and engine, the user's first, or None.
+
+    Raises:
+        ProfileError: a file of the user's folder is no calibration.
+
+    """
     gpu = profiles.find("gpus", gpu_name) or gpu_name.strip().lower()
     engine = canonical_engine(engine)
-    folder = user_folder()
-    own = sorted(folder.glob("*.json")) if folder.is_dir() else []
-    for path in own:
-        data = read(path)
-        if _matches(data, kind, gpu, engine):
-            return Found(path.stem, data, str(path), MEASURED_HERE)
-    name = f"{kind.replace('_', '-')}-{gpu}-{engine}"
-    if name not in profiles.names("calibrations"):
-        return None
+    own = [found for found in _own() if _matches(found.data, kind, gpu, engine)]
+    name = shipped_name(kind, gpu, engine)
+    if own or name is None:
+        return own[0] if own else None
     return Found(name, profiles.load("calibrations", name), f"calibration {name}", SHIPPED)
+
+
+def shipped_name(kind: str, gpu: str, engine: str) -> str | None:
+    """The name of the shipped calibration of ``kind`` for a GPU's name and a canonical engine, or None."""
+    name = f"{kind.replace('_', '-')}-{gpu}-{engine}"
+    return name if name in profiles.names("calibrations") else None
 
 
 def _matches(data: Mapping[str, Any], kind: str, gpu: str, engine: str) -> bool:

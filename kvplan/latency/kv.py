@@ -49,6 +49,26 @@ def attention_calibration(gpu_name: str, engine: str, path: str | None = None) -
     return find_attention(gpu_name, engine) if path is None else read_attention(Path(path), gpu_name)
 
 
+def calibration_note(gpu_name: str, engine: str, path: str | None) -> str | None:
+    """What to say of a calibration that is not of ``engine``'s own kernels; None where nothing is to say.
+
+    Raises:
+        ProfileError: ``path`` is given and holds no calibration of this GPU.
+
+    """
+    from kvplan.calibration.store import shipped_name
+
+    found = attention_calibration(gpu_name, engine, path)
+    if found is None or found.engine == engine:
+        return None
+    what = f"calibration {found.name} of your own folder" if path is None else "the calibration given"
+    if found.engine:
+        return f"{what} is of {found.engine} kernels: {engine} reaches it with kernels as good"
+    shipped = shipped_name("attention", gpu_name, engine)
+    instead = f"in place of {shipped}, which ships" if shipped else "though it may be of other kernels"
+    return f"{what} names no engine: it is taken for {engine}'s {instead}"
+
+
 @lru_cache(maxsize=1024)
 def kv_speed(gpu_name: str, engine: str, kv_dtype: str, latent: bool, calibration_path: str | None = None,
              latent_heads: int | None = None) -> KvSpeed:  # fmt: skip

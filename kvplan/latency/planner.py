@@ -95,14 +95,17 @@ def parameters_of(served: Served) -> dict[str, float]:
     """The parameters of a deployment; where no serving measurement covers GPU and engine but a kernel calibration does,
     or a calibration was given, KV streams at what the kernel reaches.
     """
-    calibration = serving_calibration()
-    parameters = calibration.parameters(served.traits)
-    served_here = calibration.gpu_engines.get(f"{served.traits.gpu}|{served.traits.engine}") is not None
-    if served.request.calibration is not None or not served_here:
-        reached = kernel_kv_stream(served)
-        if reached is not None:
-            parameters["kv_stream"] = log_share_of(reached)
+    parameters = serving_calibration().parameters(served.traits)
+    reached = kernel_kv_stream(served) if _kv_is_the_kernels(served) else None
+    if reached is not None:
+        parameters["kv_stream"] = log_share_of(reached)
     return parameters
+
+
+def _kv_is_the_kernels(served: Served) -> bool:
+    """Whether KV streams at what the kernel reaches, where one is calibrated, not at what serving showed."""
+    here = f"{served.traits.gpu}|{served.traits.engine}"
+    return served.request.calibration is not None or serving_calibration().gpu_engines.get(here) is None
 
 
 def kernel_kv_stream(served: Served) -> float | None:
@@ -132,6 +135,9 @@ def collective_latency_s(served: Served) -> float:
 def facts_of(served: Served) -> DeploymentFacts:
     """What every point of the deployment shares."""
     source, detail = serving_calibration().status(served.traits)
+    kernel = attention_calibration(served.gpu.name, served.setup.engine.name, served.request.calibration)
+    if kernel is not None and not is_latent(served.model) and _kv_is_the_kernels(served):
+        detail += f"; KV as {kernel.source}"
     return DeploymentFacts(
         request=served.request.as_dict(),
         num_gpus=served.deployment.num_gpus,

@@ -16,7 +16,7 @@ from kvplan.deployment import Deployment, resolve_deployment
 from kvplan.errors import InputError, shorten
 from kvplan.gpu import GpuSpec, resolve_gpu
 from kvplan.latency.capacity import max_batches
-from kvplan.latency.kv import KvSpeed, assumed_kv_dtype, attention_calibration, is_latent, kv_speed
+from kvplan.latency.kv import KvSpeed, assumed_kv_dtype, calibration_note, is_latent, kv_speed
 from kvplan.latency.latent import latent_heads
 from kvplan.latency.parameters import Traits
 from kvplan.latency.request import ItlRequest, resolve_model_or_sibling
@@ -238,12 +238,9 @@ def serve(request: ItlRequest) -> Served:
     stored = plan.kv_cache_dtype
     speed = kv_speed(setup.gpu.name, engine, stored, is_latent(model), request.calibration,
                      latent_heads(model, deployment.attention_tp_size))  # fmt: skip
-    if request.calibration is not None:
-        given = attention_calibration(setup.gpu.name, engine, request.calibration)
-        if given is not None and given.engine != engine:
-            notes.append(
-                f"the calibration given is of {given.engine} kernels: {engine} reaches it with kernels as good"
-            )
+    if request.calibration is not None or not is_latent(model):
+        why = calibration_note(setup.gpu.name, engine, request.calibration)
+        notes += [why] if why else []
     shown = replace(size, model=model.name, gpu=setup.gpu.name, engine=engine, engine_version=plan.version,
                     weight_dtype=dtype or traffic.weights["expert" if traffic.num_experts else "mlp"].format,
                     kv_cache_dtype=stored, block_size_tokens=plan.block_size_tokens)  # fmt: skip

@@ -1,0 +1,78 @@
+"""The user's folder of calibrations: a file without an engine is named where it is used, and no file is passed over."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from support import Ran
+
+from kvplan import profiles
+from kvplan.calibration import store
+from kvplan.calibration.schema import KIND, OTHER_KINDS
+from kvplan.latency.kv import attention_calibration, kv_speed
+from kvplan.latency.parameters import PROFILE
+from kvplan.latency.served import serve
+
+ITL = ("itl", "--model", "8b", "--gpu", "h200", "--ctx", "8k", "--batch", "32", "--kv-cache-dtype", "fp8", "--json")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The user's folder, empty, and nothing remembered from before or for after."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    found = store.user_folder()
+    found.mkdir(parents=True)
+    remembered = (attention_calibration, kv_speed, serve)
+    for function in remembered:
+        function.cache_clear()
+    yield found
+    for function in remembered:
+        function.cache_clear()
+
+
+def without_engine(path: Path) -> Path:
+    """H200 samples of TensorRT-LLM's kernels would do as well: the file does not say whose they are."""
+    document = dict(profiles.load("calibrations", "attention-h200-vllm")) | {"name": path.stem, "engine": None}
+    path.write_text(json.dumps(document))
+    return path
+
+
+def test_a_file_without_an_engine_says_what_it_stands_in_place_of(folder: Path, kvplan_cli: Callable[..., Ran]):
+    without_engine(folder / "mine.json")
+    found = kvplan_cli(*ITL).json
+    assert found["notes"] == [
+        "calibration mine of your own folder names no engine: it is taken for vllm's in place of attention-h200-vllm, "
+        "which ships"
+    ]
+    assert "calibration mine (an unnamed engine" in found["slope_ratio_detail"]
+    other = kvplan_cli(*ITL, "--engine", "trtllm").json
+    assert "it is taken for tensorrt-llm's though it may be of other kernels" in " ".join(other["notes"])
+
+
+def test_a_given_file_without_an_engine_is_named_in_the_source(tmp_path: Path, kvplan_cli: Callable[..., Ran]):
+    found = kvplan_cli(*ITL, "--calibration", str(without_engine(tmp_path / "mine.json"))).json
+    assert "KV as calibration mine (an unnamed engine" in found["source_detail"]
+    assert found["notes"] == [
+        "the calibration given names no engine: it is taken for vllm's in place of attention-h200-vllm, which ships"
+    ]
+
+
+def test_the_shipped_calibration_needs_no_note(folder: Path, kvplan_cli: Callable[..., Ran]):
+    assert kvplan_cli(*ITL).json["notes"] == []
+
+
+@pytest.mark.parametrize("content", ['{"x": 1}', '{"kind": "attention"', '{"kind": "attention", "gpu": 3}', "[]"])
+def test_a_file_that_is_no_calibration_is_reported(folder: Path, kvplan_cli: Callable[..., Ran], content: str):
+    (folder / "x.json").write_text(content)
+    for words in (ITL, ("profiles",)):
+        ran = kvplan_cli(*words)
+        assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1)
+        assert str(folder / "x.json") in ran.err
+
+
+def test_every_kind_of_calibration_is_known_to_the_folder():
+    assert set(store.KINDS) == {KIND, *OTHER_KINDS, PROFILE}
+    assert {found.data["kind"] for found in store.every()} == set(store.KINDS)
