@@ -32,7 +32,8 @@ def profiles_command(context: typer.Context, as_json: JSON = False) -> None:
     rows: list[dict[str, Any]] = [
         {"name": found.name, "kind": found.data.get("kind"), "gpu": found.data.get("gpu"),
          "engine": found.data.get("engine"), "engine_version": found.data.get("engine_version"),
-         "num_samples": found.data.get("num_samples"), "date": found.data.get("date"), "origin": found.origin}
+         "num_samples": found.data.get("num_samples", found.data.get("num_rows")), "date": found.data.get("date"),
+         "origin": found.origin}
         for found in store.every()
     ]  # fmt: skip
     counts = {"models": len(profiles.names("models")), "gpus": len(profiles.names("gpus"))}
@@ -63,21 +64,26 @@ def show_command(
     as_json: JSON = False,
 ) -> None:
     """Explain one calibration: what was fitted, from what, how good it is, and where it holds."""
-    from kvplan.calibration.schema import KIND, OTHER_KINDS, attention_from_json, check_other
+    from kvplan.calibration.schema import OTHER_KINDS, attention_from_json, check_other
+    from kvplan.latency.parameters import PROFILE, calibration_from_profile
+    from kvplan.terminal.calibration_view import show_attention, show_other, show_serving
 
     found = _found(name)
     kind = found.data.get("kind")
-    if kind == KIND or (found.origin == GIVEN and kind not in OTHER_KINDS):
-        attention_from_json(found.data, found.where, found.origin)
-    elif kind in OTHER_KINDS:
+    if kind in OTHER_KINDS:
+        show = show_other
         check_other(found.data, found.where)
-    if as_json or kind not in (KIND, *OTHER_KINDS):
+    elif kind == PROFILE:
+        show = show_serving
+        calibration_from_profile(found.data, found.where)
+    else:
+        show = show_attention
+        attention_from_json(found.data, found.where, found.origin)
+    if as_json:
         sys.stdout.write(json.dumps(found.data, indent=2) + "\n")
         return
-    from kvplan.terminal.calibration_view import show_attention, show_other
     from kvplan.terminal.console import make_console
 
-    show = show_attention if kind == KIND else show_other
     show(make_console(), found.data, found.origin)
 
 

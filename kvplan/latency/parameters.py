@@ -188,15 +188,18 @@ def calibration_from_profile(data: Mapping[str, Any], where: str) -> ServingCali
             raise ProfileError(f"{where}: common.{parameter.name} must be above 0")
         common[parameter.name] = log(value) if parameter.is_log else value
     offsets: dict[tuple[str, str], dict[str, float]] = {}
-    for level, names in _mapping(data, "offsets", where).items():
-        for name, entries in names.items():
+    levels = _mapping(data, "offsets", where)
+    for level in levels:
+        names = _mapping(levels, level, f"{where}: offsets")
+        for name in names:
             at = f"{where}: offsets.{level}.{name}"
+            entries = _mapping(names, name, at)
             offsets[level, name] = {key: _number(entries, key, at, -5, 5) for key in entries if _known(key, at)}
     return ServingCalibration(
         common=common,
         offsets=offsets,
-        groups=dict(_mapping(data, "groups", where)),
-        gpu_engines=dict(_mapping(data, "gpu_engines", where)),
+        groups=_counts(data, "groups", where),
+        gpu_engines=_counts(data, "gpu_engines", where),
         residuals={k: _pair(v, f"{where}: residuals.{k}") for k, v in _mapping(data, "residuals", where).items()},
         valid_range={k: _pair(v, f"{where}: valid_range.{k}") for k, v in _mapping(data, "valid_range", where).items()},
         num_rows=int(_number(data, "num_rows", where, 1, 1e9)),
@@ -216,6 +219,11 @@ def _mapping(data: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]
     if not isinstance(value, dict):
         raise ProfileError(f"{where}: {key} must be an object")
     return value
+
+
+def _counts(data: Mapping[str, Any], key: str, where: str) -> dict[str, int]:
+    values = _mapping(data, key, where)
+    return {name: int(_number(values, name, f"{where}: {key}", 0, 1e9)) for name in values}
 
 
 def _number(data: Mapping[str, Any], key: str, where: str, low: float, high: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -125,3 +126,32 @@ def show_other(console: Console, document: Mapping[str, Any], origin: str) -> No
             add_row(table, *cells, key, f"{item['value']:.3g} {item['unit']} ±{item['log_spread']:.0%}")
             cells = [""] * 4
     console.print(table)
+
+
+def show_serving(console: Console, document: Mapping[str, Any], origin: str) -> None:
+    """The calibration of served deployments: measurements by GPU and engine, common parameters, held-out errors."""
+    from kvplan.latency.parameters import PARAMETERS
+
+    console.print(
+        f"{document.get('name', 'serving')}: decode steps and loads of served models ({origin})", markup=False
+    )
+    console.print(f"fitted on {document['num_rows']:,} measurements, {document.get('date', 'undated')}", markup=False)
+    console.print(f"source: {document.get('source', 'not stated')}", markup=False)
+    measured = make_table("GPU", "engine", "measurements", right=(2,))
+    for name, count in document["gpu_engines"].items():
+        add_row(measured, *name.split("|", 1), f"{count:,}")
+    console.print(measured)
+    common = make_table("parameter", "value", "what it is", right=(1,), wrap=(2,))
+    for parameter in PARAMETERS:
+        value = document["common"][parameter.name]
+        shown = format_seconds(value) if parameter.name.endswith("_s") else f"{value:.3g}"
+        add_row(common, parameter.name, shown, parameter.meaning)
+    console.print(common)
+    levels = ", ".join(f"{level} {len(names)}" for level, names in document["offsets"].items())
+    console.print(f"offsets of the levels a deployment belongs to change these: {levels}", markup=False)
+    errors = make_table("held out", "80% of predictions over measurements", right=(1,))
+    for name, (low, high) in document["residuals"].items():
+        add_row(errors, name, f"{math.exp(low):.2f} to {math.exp(high):.2f}")
+    console.print(errors)
+    ranges = "; ".join(f"{key} {low:,.0f}–{high:,.0f}" for key, (low, high) in document["valid_range"].items())
+    console.print(f"valid for {ranges}; `--json` prints every offset", markup=False)

@@ -73,6 +73,26 @@ def test_a_file_that_is_no_calibration_is_reported(folder: Path, kvplan_cli: Cal
         assert str(folder / "x.json") in ran.err
 
 
+def test_serving_is_explained_as_the_others_are(kvplan_cli: Callable[..., Ran]):
+    out = kvplan_cli("profiles", "show", "serving").out
+    data = kvplan_cli("profiles", "show", "serving", "--json").json
+    assert not out.startswith("{") and f"fitted on {data['num_rows']:,} measurements" in out
+    for word in ("h200 tensorrt-llm", "collective_s", "unseen_moe", "valid for"):
+        assert word in " ".join(out.split())
+    (row,) = (row for row in kvplan_cli("profiles", "--json").json["calibrations"] if row["name"] == "serving")
+    assert row["num_samples"] == data["num_rows"]
+
+
+@pytest.mark.parametrize(
+    "broken", [{"offsets": {"gpu": 3}}, {"offsets": {"gpu": {"h200": 3}}}, {"gpu_engines": {"h200|vllm": "many"}}]
+)
+def test_a_broken_file_of_serving_is_one_line(tmp_path: Path, kvplan_cli: Callable[..., Ran], broken: dict):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(dict(profiles.load("calibrations", "serving")) | broken))
+    ran = kvplan_cli("profiles", "show", str(path))
+    assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1) and str(path) in ran.err
+
+
 def test_every_kind_of_calibration_is_known_to_the_folder():
     assert set(store.KINDS) == {KIND, *OTHER_KINDS, PROFILE}
     assert {found.data["kind"] for found in store.every()} == set(store.KINDS)
