@@ -123,7 +123,7 @@ def _scheduler(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[Advi
     if default is None or answer.verdict is False or most <= default * replicas:
         return
     runs = f"{plan.engine} {plan.version} runs {format_count(default, 'request')} at once{each} unless told"
-    if setup.batch_per_replica > default:
+    if setup.options.max_num_seqs > default:
         wanted = f"this plan takes --max-num-seqs {setup.batch_per_replica}"
     else:
         wanted = f"more, up to the {most:,} that are held, take --max-num-seqs"

@@ -600,3 +600,10 @@ def test_a_batch_beyond_the_engines_default_is_planned_with_a_limit_of_its_own_a
     )
     assert "more, up to the" in next(a.message for a in default.advice if a.code == "max_num_seqs")
     assert not [a for a in told.advice if a.code == "max_num_seqs"]
+
+
+def test_a_batch_that_kv_does_not_hold_is_short_of_kv_and_not_of_logits() -> None:
+    """A limit of its own is for a batch that is held: 100,000 sequences' logits alone would take 96 GiB."""
+    plan = kvplan.size(model="8b", gpu="h100", context_tokens=1024, batch_size=100_000)
+    assert plan.fits is False and plan.request.max_num_seqs == 1024
+    assert plan.memory.kv_cache_bytes == kvplan.size(model="8b", gpu="h100", context_tokens=1024).memory.kv_cache_bytes

@@ -203,8 +203,8 @@ def _plan_loads(served: Served, facts: DeploymentFacts, parameters: dict[str, fl
     ]
     if not served.told and served.max_running is not None:  # a default is no "no": it can be set
         share = np.minimum(share, served.max_running)
-    held = (running >= share - 1e-9) & ((served.available_bytes or 0) > 0)
-    fits = [None] * len(points) if served.available_bytes is None else held.tolist()
+    one = served.max_batch(inputs + outputs)
+    fits = [None] * len(points) if one is None else ((running >= share - 1e-9) & (one >= 1)).tolist()
     return _assemble(facts, points, context, times.step, slope, bound, fits, interval, loads)
 
 

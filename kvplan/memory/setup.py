@@ -79,12 +79,7 @@ def set_up(request: SizeRequest) -> Setup:
     gpu = _gpu_of(request)
     rules = VersionRules(version if engine.name == "vllm" else (0, 33))
     batched = request.max_num_batched_tokens or rules.default_batched_tokens(gpu)
-    default_seqs = engine.default_num_seqs(gpu, version)
     num_seqs = request.max_num_seqs or rules.default_num_seqs(gpu)
-    if (
-        request.max_num_seqs is None and default_seqs is not None
-    ):  # a batch beyond it is planned with a limit of its own
-        num_seqs = max(default_seqs, ceil_div(request.batch_size or 1, request.dp_size))
     context = request.context_tokens or request.max_model_len_tokens or model.max_context_tokens
     if context is None:
         raise InputError("no context given and the model names none", hint="add --ctx 32k")
@@ -109,7 +104,20 @@ def set_up(request: SizeRequest) -> Setup:
         version=version,
     )
     fraction = request.gpu_memory_utilization or engine.default_fraction(gpu, version)
-    return Setup(request, model, has_model, engine, gpu, options, batched, fraction, context, max_len)
+    return _with_limit_for_batch(
+        Setup(request, model, has_model, engine, gpu, options, batched, fraction, context, max_len)
+    )
+
+
+def _with_limit_for_batch(setup: Setup) -> Setup:
+    """A batch beyond the engine's default limit that KV memory holds is planned with a limit of its own."""
+    default, batch = setup.default_num_seqs, setup.batch_per_replica
+    if default is None or batch <= default:
+        return setup
+    available = budget_of(setup, weights_of(setup)).kv_bytes
+    if available is None or cache_plan(setup).max_batch(available, setup.context_tokens) < batch:
+        return setup
+    return replace(setup, options=replace(setup.options, max_num_seqs=batch))
 
 
 def _model_of(request: SizeRequest) -> tuple[ModelConfig, bool]:

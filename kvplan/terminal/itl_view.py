@@ -126,6 +126,11 @@ def sentence(line: ItlLine) -> str:
     return f"{text}; {_ending(line)}."
 
 
+def _never_runs(served: Served, plan: ItlPlan) -> bool:
+    """Whether KV of not one request under load fits."""
+    return _is_too_large(served) or (plan.fits is False and plan.load is not None and plan.load.wait_note is None)
+
+
 def _is_too_large(served: Served) -> bool:
     """Whether nothing is left for KV."""
     return served.available_bytes is not None and served.available_bytes <= 0
@@ -168,7 +173,7 @@ def show_load(page: Page, plans: list[tuple[str, ItlPlan, Served]], *, explain: 
         assert plan.load is not None
         load = plan.load
         (low, high), (first, last) = load.tpot_interval_s, load.ttft_interval_s
-        if _is_too_large(served):
+        if _never_runs(served, plan):
             rows.append([label, "0", "–", "does not fit", "–", "–", "–"])
             continue
         rows.append(
@@ -186,8 +191,9 @@ def show_load(page: Page, plans: list[tuple[str, ItlPlan, Served]], *, explain: 
     page.line()
     for label, plan, served in plans:
         assert plan.load is not None
-        if _is_too_large(served):
-            page.line(f"{label}: {_too_large(served)}.")
+        if _never_runs(served, plan):
+            why = _too_large(served) if _is_too_large(served) else "does not fit: KV holds not one request so long"
+            page.line(f"{label}: {why}.")
             continue
         share = plan.load.prefill_wait_s / plan.load.tpot_s
         waiting = "" if plan.load.wait_note is None else f"; {plan.load.wait_note}"

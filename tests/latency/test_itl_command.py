@@ -323,3 +323,10 @@ def test_a_step_of_more_than_the_scheduler_was_told_never_runs(kvplan_cli: Calla
     assert "--max-num-seqs 16 runs 16 at once" in " ".join(kvplan_cli(*words.split()).out.split())
     assert kvplan.itl(model="8b", gpu="h200", context_tokens=1024, batch_size=64, max_num_seqs=16).fits is False
     assert kvplan.itl(model="8b", gpu="h200", context_tokens=1024, batch_size=64, max_num_seqs=64).fits
+
+
+def test_a_load_whose_requests_do_not_fit_one_by_one_has_no_times(kvplan_cli: Callable[..., Ran]) -> None:
+    """70B on two H100s holds 24,208 tokens of KV, and the prompt has 120k."""
+    words = "itl --model 70b --gpu h100 --tp 2 --isl 120k --osl 1k --concurrency 4"
+    assert "does not fit: KV holds not one request so long" in kvplan_cli(*words.split()).out
+    assert '"fits": false' in kvplan_cli(*words.split(), "--json").out
