@@ -83,6 +83,7 @@ def calibrate_command(
 
 
 def _show(document: dict[str, object], lines: list[ErrorLine] | None, found: Predictions | None) -> None:
+    from kvplan.calibration.calibrate import UNITS, USELESS_ERROR
     from kvplan.terminal.calibration_view import show_errors, show_fit
     from kvplan.terminal.console import make_console
 
@@ -92,6 +93,9 @@ def _show(document: dict[str, object], lines: list[ErrorLine] | None, found: Pre
         return
     if lines:
         show_errors(console, lines)
+        if lines[0].median > USELESS_ERROR:
+            text = f"half of the cases are off by {lines[0].median:.1%} or more: other kernels, or other units? {UNITS}"
+            console.print(text, markup=False)
     else:
         print("the cases carry no latency_s: predicted, not compared")
     lost, assumed, outside = len(found.points.refused), int(found.assumed.sum()), int((~found.in_range).sum())

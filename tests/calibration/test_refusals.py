@@ -48,6 +48,17 @@ def test_other_units_than_seconds_are_refused(calibrated: Calibrate, points: lis
     assert "no kernel is so slow" in ran.err and "divide milliseconds by 1,000" in ran.err
 
 
+def test_cases_in_other_units_are_not_passed_over(tmp_path: Path, kvplan_cli: Callable[..., Ran]):
+    """Predictions of 1/1000 of what the cases say are 99.9% off."""
+    for name, factor in (("samples.csv", 1.0), ("cases.csv", 1e3)):
+        lines = [f"{b},{c},64,8,128,0,bf16,{seconds(b, c) * factor}" for b, c in LARGE]
+        (tmp_path / name).write_text("\n".join([f"{SHAPE},latency_s", *lines]))
+    words = [str(tmp_path / "samples.csv"), "--gpu", "h200", "-o", str(tmp_path / "c.json")]
+    ran = kvplan_cli("calibrate", *words, "--evaluate", str(tmp_path / "cases.csv"))
+    assert ran.code == 0 and "off by 99.9% or more: other kernels, or other units?" in ran.out
+    assert "other units" not in kvplan_cli("calibrate", *words, "--force", "--evaluate", words[0]).out
+
+
 @pytest.mark.parametrize("factor", [1.0, 10.0])
 def test_slow_kernels_are_calibrated(calibrated: Calibrate, factor: float):
     """10 times as slow is 0.85 / 10 = 8.5% of the bandwidth, above the 2% that is refused."""
