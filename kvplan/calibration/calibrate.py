@@ -119,14 +119,10 @@ def _refuse_other_gpus(rows: Sequence[Row], gpu: GpuSpec) -> None:
     others = sorted(named - {gpu.name})
     if not others:
         return
-    hint = "give the samples of one GPU"
-    if len(named) == 1:
-        known = profiles.find("gpus", others[0])
-        hint = (
-            f"--gpu {known}"
-            if known
-            else f"kvplan has no profile of it; samples of {gpu.name} come from `kvplan measure` there"
-        )
+    known = profiles.find("gpus", others[0])
+    hint = f"--gpu {known}" if known else f"no profile is of it; samples of {gpu.name} come from `kvplan measure` there"
+    if len(named) > 1:
+        hint = "give the samples of one GPU"
     raise InputError(f"samples were taken on {shorten(', '.join(others), 60)}, not on {gpu.name}", hint=hint)
 
 

@@ -110,7 +110,7 @@ def test_samples_of_a_device_without_a_profile_are_not_sent_to_one(tmp_path: Pat
     (tmp_path / "s.jsonl").write_text("\n".join([json.dumps(record)] * 9))
     with pytest.raises(InputError, match="taken on cpu-amd-epyc, not on h200") as refused:
         calibrate_file(tmp_path / "s.jsonl", load_gpu("h200"), name="x")
-    assert refused.value.hint == "kvplan has no profile of it; samples of h200 come from `kvplan measure` there"
+    assert refused.value.hint == "no profile is of it; samples of h200 come from `kvplan measure` there"
 
 
 def test_a_kernel_without_samples_is_explained(tmp_path: Path, kvplan_cli: Callable[..., Ran]):
