@@ -13,7 +13,6 @@ from numpy.typing import ArrayLike, NDArray
 from kvplan.calibration import store
 from kvplan.calibration.attention_model import NAMES, latency_s
 from kvplan.calibration.geometry import Dispatch, Geometry, Hardware, default_head_dim_v, token_bytes_of
-from kvplan.calibration.map_fit import STEP
 from kvplan.dtypes import canonical_kv_dtype, kv_format
 from kvplan.errors import InputError, ProfileError, shorten
 
@@ -136,6 +135,8 @@ class AttentionCalibration:
         middle = latency_s(fitted.theta, cases, self.hardware)
         half = np.array([fitted.half_width[name] for name in REGIMES])[regime_of(cases, self.hardware)]
         if fitted.covariance is not None:
+            from kvplan.calibration.map_fit import STEP
+
             moved = fitted.theta + STEP * np.eye(len(NAMES))
             slopes = (np.log(latency_s(moved, cases, self.hardware)) - np.log(middle)) / STEP
             variance = np.einsum("in,ij,jn->n", slopes, fitted.covariance, slopes)

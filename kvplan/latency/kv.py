@@ -56,15 +56,21 @@ def calibration_note(gpu_name: str, engine: str, path: str | None) -> str | None
         ProfileError: ``path`` is given and holds no calibration of this GPU.
 
     """
-    from kvplan.calibration.store import shipped_name
+    from kvplan.calibration import store
 
-    found = attention_calibration(gpu_name, engine, path)
-    if found is None or found.engine == engine:
+    if path is not None:
+        given = attention_calibration(gpu_name, engine, path)
+        what, of = "the calibration given", None if given is None else given.engine
+    else:
+        found = store.find("attention", gpu_name, engine)
+        if found is None:
+            return None
+        what, of = f"calibration {found.name} of your own folder", str(found.data.get("engine") or "")
+    if of is None or of == engine:
         return None
-    what = f"calibration {found.name} of your own folder" if path is None else "the calibration given"
-    if found.engine:
-        return f"{what} is of {found.engine} kernels: {engine} reaches it with kernels as good"
-    shipped = shipped_name("attention", gpu_name, engine)
+    if of:
+        return f"{what} is of {of} kernels: {engine} reaches it with kernels as good"
+    shipped = store.shipped_name("attention", gpu_name, engine)
     instead = f"in place of {shipped}, which ships" if shipped else "though it may be of other kernels"
     return f"{what} names no engine: it is taken for {engine}'s {instead}"
 

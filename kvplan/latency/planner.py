@@ -135,9 +135,9 @@ def collective_latency_s(served: Served) -> float:
 def facts_of(served: Served) -> DeploymentFacts:
     """What every point of the deployment shares."""
     source, detail = serving_calibration().status(served.traits)
-    kernel = attention_calibration(served.gpu.name, served.setup.engine.name, served.request.calibration)
-    if kernel is not None and not is_latent(served.model) and _kv_is_the_kernels(served):
-        detail += f"; KV as {kernel.source}"
+    if not is_latent(served.model) and _kv_is_the_kernels(served):
+        kernel = attention_calibration(served.gpu.name, served.setup.engine.name, served.request.calibration)
+        detail += "" if kernel is None else f"; KV as {kernel.source}"
     return DeploymentFacts(
         request=served.request.as_dict(),
         num_gpus=served.deployment.num_gpus,
