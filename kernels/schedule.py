@@ -46,10 +46,7 @@ def chunk_start(chunk, total_tiles, chunks):
 @triton.jit
 def chunk_of_tile(tile, total_tiles, chunks):
     """The chunk that holds `tile`."""
-    guess = (tile.to(tl.float32) * (chunks.to(tl.float32) / total_tiles.to(tl.float32))).to(tl.int32)
-    guess = tl.minimum(guess, chunks - 1)
-    guess -= (chunk_start(guess, total_tiles, chunks) > tile).to(tl.int32)
-    return guess + (chunk_start(guess + 1, total_tiles, chunks) <= tile).to(tl.int32)
+    return (((tile + 1).to(tl.int64) * chunks - 1) // total_tiles).to(tl.int32)
 
 
 @triton.jit
