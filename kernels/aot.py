@@ -113,9 +113,8 @@ def _compile(kernel: object, signature: dict, constants: dict, aligned: dict, ar
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
-def compile_latent(arch: int, kv_dtype: str, num_heads: int) -> object:
+def compile_latent(arch: int, kv_dtype: str, num_heads: int, config: Config) -> object:
     """Triton's compiled latent kernel with `num_heads` query heads a program; needs no GPU."""
-    config = mla_config(arch, 16 if kv_dtype == "bf16" else 8, num_heads)
     constants = {
         "HEAD_BLOCKS": 1,
         "HEADS": num_heads,
@@ -178,9 +177,8 @@ def facts(case: DecodeCase) -> dict:
 def latent_facts(arch: int, kv_dtype: str, num_heads: int) -> dict:
     """The same of the latent kernel."""
     config = mla_config(arch, 16 if kv_dtype == "bf16" else 8, num_heads)
-    code = _machine_code(
-        compile_latent(arch, kv_dtype, num_heads), config.num_warps, config.block_n * ROW_BYTES[kv_dtype]
-    )
+    kernel = compile_latent(arch, kv_dtype, num_heads, config)
+    code = _machine_code(kernel, config.num_warps, config.block_n * ROW_BYTES[kv_dtype])
     return {"arch": arch, "kv_dtype": kv_dtype, "num_heads": num_heads, "config": asdict(config), **code}
 
 

@@ -73,10 +73,3 @@ def cut_batch(
     first_seq = tl.sum((ends <= tile).to(tl.int32), 0)
     last_seq = tl.sum((ends < end_tile).to(tl.int32), 0)
     return total, chunks, tile, end_tile, first_seq, last_seq, tl.sum(tl.where(rows < first_seq, tiles, 0), 0)
-
-
-@triton.jit
-def chunks_of_sequence(seq_start, seq_tiles, total_tiles, chunks):
-    """(first chunk that holds part of a sequence, how many do)."""
-    first = chunk_of_tile(seq_start, total_tiles, chunks)
-    return first, chunk_of_tile(seq_start + seq_tiles - 1, total_tiles, chunks) - first + 1

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from ..schedule import chunk_of_tile
+
 RADIX = tl.constexpr(8)
 """Pieces of a sequence that one program joins."""
 
@@ -11,6 +13,14 @@ RADIX = tl.constexpr(8)
 def piece_slot(first_chunk, piece):
     """Place of a sequence's piece: a chunk has two, the second for the sequence that starts in it."""
     return (first_chunk + piece) * 2 + (piece == 0).to(tl.int32)
+
+
+@triton.jit
+def piece_of(chunk, seq_start, seq_tiles, total_tiles, chunks):
+    """(first chunk that holds part of a sequence, how many do, place of the piece that `chunk` holds)."""
+    first = chunk_of_tile(seq_start, total_tiles, chunks)
+    pieces = chunk_of_tile(seq_start + seq_tiles - 1, total_tiles, chunks) - first + 1
+    return first, pieces, piece_slot(first, chunk - first)
 
 
 @triton.jit(noinline=True)

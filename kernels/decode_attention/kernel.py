@@ -21,9 +21,9 @@ whatever the scales; the denominator sums w / v_scale.
 import triton
 import triton.language as tl
 
-from ..schedule import chunks_of_sequence, cut_batch, sequence_tiles
+from ..schedule import cut_batch, sequence_tiles
 from ..unpack import INT8_BIAS, unpack_elements, unpack_pairs
-from .join import join_pieces, piece_slot
+from .join import join_pieces, piece_of
 
 OFFSET = tl.constexpr(14.0)
 """log2 of the largest softmax weight: keeps small weights clear of float16's subnormals."""
@@ -70,15 +70,21 @@ def _store_columns(ptr, even, odd, columns_ok, WIDTH: tl.constexpr, PAIRED: tl.c
 
 
 @triton.jit
+def product(a, b, c, EXACT_DOT: tl.constexpr):
+    """A b + c; `EXACT_DOT` is for the interpreter, whose bfloat16 products are wrong."""
+    if EXACT_DOT:
+        c = tl.dot(a.to(tl.float32), b.to(tl.float32), c)
+    else:
+        c = tl.dot(a, b, c)
+    return c
+
+
+@triton.jit
 def _add_logits(logits, k, q, FORMAT: tl.constexpr, UNPACK: tl.constexpr, EXACT_DOT: tl.constexpr):
     """Logits + K Q^T for K `[tokens, dims]` as stored."""
     if FORMAT > 0:
         k = unpack_elements(k, FORMAT, UNPACK)
-    if EXACT_DOT:
-        logits = tl.dot(k.to(tl.float32), q.to(tl.float32), logits)
-    else:
-        logits = tl.dot(k, q, logits)
-    return logits
+    return product(k, q, logits, EXACT_DOT)
 
 
 @triton.jit
@@ -89,10 +95,8 @@ def _add_values(even, odd, v, weights, decay, FORMAT: tl.constexpr, UNPACK: tl.c
         w = weights.to(tl.float16)
         even = tl.dot(v_even, w, even * decay[None, :])
         odd = tl.dot(v_odd, w, odd * decay[None, :])
-    elif EXACT_DOT:
-        even = tl.dot(v.to(tl.float32), weights.to(v.dtype).to(tl.float32), even * decay[None, :])
     else:
-        even = tl.dot(v, weights.to(v.dtype), even * decay[None, :])
+        even = product(v, weights.to(v.dtype), even * decay[None, :], EXACT_DOT)
     return even, odd
 
 
@@ -315,8 +319,8 @@ def attend(
             if DB > 0:
                 _store_columns(out_row + DA, even_tail * inverse, odd_tail * inverse, head_ok, DB, FORMAT > 0)
         else:
-            first_chunk, pieces = chunks_of_sequence(seq_start, seq_tiles, total, chunks)
-            slot = piece_slot(first_chunk, chunk - first_chunk) * (KV_HEADS * G) + kv_head * G + heads
+            first_chunk, pieces, place = piece_of(chunk, seq_start, seq_tiles, total, chunks)
+            slot = place * (KV_HEADS * G) + kv_head * G + heads
             _store_columns(partial_ptr + slot * D, even, odd, head_ok, min(DA, D), FORMAT > 0)
             if DB > 0:
                 tail_ptr = partial_ptr + slot * D + DA

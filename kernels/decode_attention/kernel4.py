@@ -9,9 +9,9 @@ rounds once, to 11 bits).
 import triton
 import triton.language as tl
 
-from ..schedule import chunks_of_sequence, cut_batch, sequence_tiles
+from ..schedule import cut_batch, sequence_tiles
 from ..unpack import E2M1_UNIT, unpack_elements, unpack_words
-from .join import join_pieces, piece_slot
+from .join import join_pieces, piece_of
 from .kernel import MIN_TILES, NOT_SPECIALISED, OFFSET
 
 
@@ -197,8 +197,8 @@ def attend4(
             out_row = out_ptr + seq * stride_out_batch.to(tl.int64) + (kv_head * G + heads) * D
             _store_words(out_row, acc0, acc1, acc2, acc3, head_ok, WORDS)
         else:
-            first_chunk, pieces = chunks_of_sequence(seq_start, seq_tiles, total, chunks)
-            slot = piece_slot(first_chunk, chunk - first_chunk) * (KV_HEADS * G) + kv_head * G + heads
+            first_chunk, pieces, place = piece_of(chunk, seq_start, seq_tiles, total, chunks)
+            slot = place * (KV_HEADS * G) + kv_head * G + heads
             _store_words(partial_ptr + slot * D, acc0, acc1, acc2, acc3, head_ok, WORDS)
             tl.store(partial_lse_ptr + slot, lse, mask=head_ok)
             join_pieces(

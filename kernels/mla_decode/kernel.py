@@ -11,9 +11,9 @@ they are. The block scales of 656-byte rows multiply that block's logits and, be
 import triton
 import triton.language as tl
 
-from ..decode_attention.join import join_pieces, piece_slot
-from ..decode_attention.kernel import MIN_TILES, OFFSET
-from ..schedule import chunks_of_sequence, cut_batch, sequence_tiles
+from ..decode_attention.join import join_pieces, piece_of
+from ..decode_attention.kernel import MIN_TILES, OFFSET, product
+from ..schedule import cut_batch, sequence_tiles
 from ..unpack import unpack_pairs
 
 
@@ -37,30 +37,20 @@ def _block_scale(row_ptr, row_at, valid, BLOCK: tl.constexpr, FORMAT: tl.constex
 
 
 @triton.jit
-def _product(a, b, c, EXACT_DOT: tl.constexpr):
-    """A b + c."""
-    if EXACT_DOT:
-        c = tl.dot(a.to(tl.float32), b.to(tl.float32), c)
-    else:
-        c = tl.dot(a, b, c)
-    return c
-
-
-@triton.jit
 def _block_logits(
     logits, even_q, odd_q, tile, scale, FORMAT: tl.constexpr, UNPACK: tl.constexpr, EXACT_DOT: tl.constexpr
 ):
     """Logits + scale * (q tile^T). Pairs are unpacked as operands of the product, so one copy serves both products."""
     tile = tl.trans(tile)
     if FORMAT == 0:
-        logits = _product(even_q, tile, logits, EXACT_DOT)
+        logits = product(even_q, tile, logits, EXACT_DOT)
     else:
         even, odd = unpack_pairs(tile, 1, UNPACK)
         part = logits
         if FORMAT == 2:
             part = tl.zeros_like(logits)
-        part = _product(even_q, even, part, EXACT_DOT)
-        part = _product(odd_q, odd, part, EXACT_DOT)
+        part = product(even_q, even, part, EXACT_DOT)
+        part = product(odd_q, odd, part, EXACT_DOT)
         if FORMAT == 2:
             part = logits + part * scale[None, :]
         logits = part
@@ -73,14 +63,14 @@ def _block_values(
 ):
     """Accumulator * decay + (weights * scale) tile; `odd` only serves pairs."""
     if FORMAT == 0:
-        even = _product(weights.to(tile.dtype), tile, even * decay[:, None], EXACT_DOT)
+        even = product(weights.to(tile.dtype), tile, even * decay[:, None], EXACT_DOT)
     else:
         if FORMAT == 2:
             weights = weights * scale[None, :]
         w = weights.to(tl.float16)
         even_values, odd_values = unpack_pairs(tile, 1, UNPACK)
-        even = _product(w, even_values, even * decay[:, None], EXACT_DOT)
-        odd = _product(w, odd_values, odd * decay[:, None], EXACT_DOT)
+        even = product(w, even_values, even * decay[:, None], EXACT_DOT)
+        odd = product(w, odd_values, odd * decay[:, None], EXACT_DOT)
     return even, odd
 
 
@@ -223,8 +213,8 @@ def attend_latent(
             _store_block(out_at, even2 * inverse, odd2 * inverse, head_ok, 2, FORMAT)
             _store_block(out_at, even3 * inverse, odd3 * inverse, head_ok, 3, FORMAT)
         else:
-            first_chunk, pieces = chunks_of_sequence(seq_start, seq_tiles, total, chunks)
-            slot = (piece_slot(first_chunk, chunk - first_chunk) * HEAD_BLOCKS + head_block) * HEADS
+            first_chunk, pieces, place = piece_of(chunk, seq_start, seq_tiles, total, chunks)
+            slot = (place * HEAD_BLOCKS + head_block) * HEADS
             piece_at = partial_ptr + slot.to(tl.int64) * 512 + heads * 512
             _store_block(piece_at, even0 * inverse, odd0 * inverse, head_ok, 0, FORMAT)
             _store_block(piece_at, even1 * inverse, odd1 * inverse, head_ok, 1, FORMAT)
