@@ -11,6 +11,7 @@ from kvplan.dtypes import kv_format
 from kvplan.errors import KvplanError
 from kvplan.memory.cache_plan import CachePlan
 from kvplan.memory.plan import Advice, FormatRow, SizePlan
+from kvplan.memory.planner import fits
 from kvplan.memory.setup import Setup, budget_of, cache_plan, set_up, weights_of
 from kvplan.model_config import AttentionCache
 from kvplan.units import format_count, format_gib, format_percent, format_ratio, format_tokens
@@ -96,7 +97,7 @@ def _fits_with(setup: Setup, **fields: Any) -> bool:
     except KvplanError:
         return False
     budget = budget_of(other, weights_of(other))
-    return not budget.excess_bytes and budget.kv_bytes is not None and _holds(other, plan, budget.kv_bytes)
+    return not budget.excess_bytes and fits(other, plan, budget) is True
 
 
 def _copies(plan: CachePlan) -> int:
@@ -128,15 +129,6 @@ def _scheduler(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[Advi
     else:
         wanted = f"more, up to the {most:,} that are held, take --max-num-seqs"
     yield Advice(code="max_num_seqs", message=f"{runs}: {wanted}")
-
-
-def _holds(setup: Setup, plan: CachePlan, available_bytes: int) -> bool:
-    starts = plan.fits_one(available_bytes, setup.max_model_len_tokens)
-    return (
-        starts
-        and setup.runs_at_once
-        and plan.max_batch(available_bytes, setup.context_tokens) >= setup.batch_per_replica
-    )
 
 
 def _budget(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[Advice]:
