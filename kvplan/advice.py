@@ -27,6 +27,7 @@ def advise(setup: Setup, plan: CachePlan, answer: SizePlan) -> tuple[Advice, ...
         _does_not_fit,
         _scheduler,
         _budget,
+        _unnamed_gpu,
         _beyond_model,
         _warnings,
         _replication,
@@ -151,6 +152,11 @@ def _budget(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[Advice]
             code="activation_unknown",
             message="activation peak unknown without an architecture and not taken off: give --activation-memory",
         )
+
+
+def _unnamed_gpu(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[Advice]:
+    if setup.taken_for_granted is not None:
+        yield Advice(code="unnamed_gpu", message=setup.taken_for_granted)
 
 
 def _beyond_model(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[Advice]:

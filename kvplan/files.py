@@ -10,7 +10,7 @@ from kvplan.errors import InputError
 
 
 def write_text(path: Path, text: str, force: bool) -> None:
-    """Write ``text`` to ``path`` through a temporary file beside it.
+    """Write ``text`` to ``path`` through a temporary file beside it, in a folder that is made when absent.
 
     Raises:
         InputError: the file exists and ``force`` is not given, or it cannot be written.
@@ -18,6 +18,7 @@ def write_text(path: Path, text: str, force: bool) -> None:
     """
     if path.exists() and not force:
         raise InputError(f"{path} exists", hint="choose another name or add --force")
+    _make(path.parent)
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
@@ -32,3 +33,10 @@ def write_text(path: Path, text: str, force: bool) -> None:
         raise InputError(
             f"{path}: cannot be written ({error.strerror or type(error).__name__})", code="cannot_write"
         ) from error
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be made ({error.strerror or type(error).__name__})") from error

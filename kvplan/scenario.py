@@ -25,6 +25,9 @@ from kvplan.errors import InputError, shorten
 MAX_FILE_BYTES = 2**20
 MAX_DEPLOYMENTS = 1000
 SUFFIXES = (".yaml", ".yml", ".toml", ".json")
+TEXTS = ("name", "model", "engine_version")
+"""Fields that are text however their value looks: YAML 1.1 reads ``name: no`` as false and ``engine_version: 0.30`` as
+0.3."""
 Scalar = str | int | float | bool | None
 
 
@@ -117,6 +120,8 @@ def _yaml(path: Path, text: str) -> Any:
     """YAML, and JSON as a part of it; plain values only, nothing is executed."""
     import yaml
 
+    NULL, TEXT = (f"tag:yaml.org,2002:{kind}" for kind in ("null", "str"))
+
     class Loader(yaml.SafeLoader):
         """Refuses a key given twice; what merges (``<<``) nest never holds a key more than once either."""
 
@@ -127,6 +132,9 @@ def _yaml(path: Path, text: str) -> Any:
                 raise yaml.constructor.ConstructorError(None, None, f"{twice} is given twice", node.start_mark)
             super().flatten_mapping(node)
             node.value = list({str(key.value): (key, value) for key, value in node.value}.values())
+            for key, value in node.value:
+                if key.value in TEXTS and isinstance(value, yaml.ScalarNode) and value.tag != NULL:
+                    value.tag = TEXT
 
     try:
         return yaml.load(text, Loader)

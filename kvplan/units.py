@@ -17,6 +17,7 @@ TIB = 1024**4
 MAX_TOKENS = 2**40
 MAX_BYTES = 2**60
 
+_GROUPED = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
 _TOKENS = re.compile(r"^([0-9]+(?:\.[0-9]+)?)\s*(k|ki|m|mi)?$", re.IGNORECASE)
 _TOKEN_FACTORS = {"": 1, "k": 1024, "ki": 1024, "m": 1024**2, "mi": 1024**2}
 _BYTES = re.compile(r"^([0-9]+(?:\.[0-9]+)?)\s*([kmgt]i?b?|b)?$", re.IGNORECASE)
@@ -27,6 +28,12 @@ _BYTE_FACTORS = {
     "g": GIB, "gib": GIB, "gi": GIB, "gb": 10**9,
     "t": TIB, "tib": TIB, "ti": TIB, "tb": 10**12,
 }  # fmt: skip
+
+
+def _ungrouped(text: str) -> str:
+    """``32,768`` and ``32_768`` without the marks between thousands; a comma elsewhere stays, and is no number."""
+    text = text.strip().replace("_", "")
+    return text.replace(",", "") if _GROUPED.match(text) else text
 
 
 def parse_tokens(text: str | int, what: str = "token count") -> int:
@@ -41,7 +48,7 @@ def parse_tokens(text: str | int, what: str = "token count") -> int:
     if isinstance(text, int):
         value = text
     else:
-        match = _TOKENS.match(text.strip().replace(",", "").replace("_", ""))
+        match = _TOKENS.match(_ungrouped(text))
         if match is None or len(text) > 40:
             raise InputError(f"{what} {shorten(text)!r} is not a token count", hint="write 32768, 32k or 1M")
         scaled = float(match[1]) * _TOKEN_FACTORS[(match[2] or "").lower()]
@@ -65,7 +72,7 @@ def parse_bytes(text: str | int, what: str = "size") -> int:
     if isinstance(text, int):
         value = text
     else:
-        match = _BYTES.match(text.strip().replace(",", "").replace("_", ""))
+        match = _BYTES.match(_ungrouped(text))
         if match is None or len(text) > 40:
             raise InputError(f"{what} {shorten(text)!r} is not a size", hint="write 80GiB, 141GB or a number of bytes")
         value = int(float(match[1]) * _BYTE_FACTORS[(match[2] or "").lower()])

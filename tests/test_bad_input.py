@@ -202,6 +202,63 @@ def test_an_impossible_option_ends_with_2(kvplan_cli: Cli, words: tuple[str, ...
     assert_one_line(kvplan_cli("size", "--model", "8b", *words))
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("size --block-size 0", "--block-size must be between 1 and"),
+        ("size --page-size=0", "--page-size must be between 1 and"),
+        ("size --tensor-parallel-size 9999", "--tensor-parallel-size must be between 1 and 4,096"),
+        ("size --mem-fraction-static 2", "--mem-fraction-static must be above 0"),
+        ("itl --gpu h100 --attention-dp -1", "--attention-dp must be between 1 and"),
+        ("report --gpu h100 --users 0", "--users must be between 1 and"),
+        ("report --gpu h100 --batch 0", "--batch must be between 1 and"),
+    ],
+)
+def test_an_error_calls_a_field_by_the_option_as_it_was_typed(kvplan_cli: Cli, words: str, says: str) -> None:
+    assert assert_one_line(kvplan_cli(*words.split(), "--model", "8b")).startswith(f"error: {says}")
+
+
+@pytest.mark.parametrize("command", ["size", "itl", "report", "check"])
+def test_every_spelling_of_an_option_is_one_field(command: str) -> None:
+    """What a scenario may call a field, and what an error calls it, is what the command line calls it."""
+    import typer
+
+    from kvplan.cli.commands import make_app
+    from kvplan.memory.request import OPTION_NAMES
+
+    found = typer.main.get_command(make_app([command]))
+    options = getattr(found, "commands", {command: found})[command].params
+    spelled = [[flag[2:].replace("-", "_") for flag in option.opts if flag.startswith("--")] for option in options]
+    assert len(spelled) > 10
+    assert [names for names in spelled if len({OPTION_NAMES.get(name, name) for name in names}) > 1] == []
+
+
+@pytest.mark.parametrize("ctx", ["1k..8k", "8k,16k", "8,16"])
+def test_a_report_of_several_contexts_is_refused_with_what_takes_them(kvplan_cli: Cli, ctx: str) -> None:
+    line = assert_one_line(kvplan_cli("report", "--model", "8b", "--gpu", "h100", "--ctx", ctx))
+    assert "this command plans one (write --ctx 32k; `kvplan size` and `kvplan itl` take lists and ranges)" in line
+
+
+@pytest.mark.parametrize("command", ["size", "itl"])
+def test_a_range_of_contexts_doubles_and_has_both_ends(kvplan_cli: Cli, command: str) -> None:
+    ran = kvplan_cli(command, "--model", "8b", "--gpu", "h100", "--ctx", "1k,2k..12k", "--json").json
+    plans = ran["plans"] if command == "size" else ran["lines"][0]["points"]
+    assert [(plan.get("request") or plan)["context_tokens"] for plan in plans] == [1024, 2048, 4096, 8192, 12288]
+
+
+@pytest.mark.parametrize("ctx", ["1k..", "..8k", "8k..1k", "1k..8k..16k"])
+def test_what_is_no_range_is_one_line(kvplan_cli: Cli, ctx: str) -> None:
+    assert_one_line(kvplan_cli("size", "--model", "8b", "--ctx", ctx))
+
+
+def test_commas_stand_between_thousands_only() -> None:
+    """``1,5GiB`` is neither 15 GiB nor 1.5."""
+    assert kvplan.size(model="8b", context_tokens="1,048,576").answers.context_tokens == 2**20
+    for field, text in (("context_tokens", "8,16"), ("context_tokens", "1,0000"), ("gpu_memory_bytes", "1,5GiB")):
+        with pytest.raises(kvplan.KvplanError, match=f"{field} '{text}' is not a"):
+            kvplan.size(model="8b", **{field: text})
+
+
 def test_10_to_the_12_tokens_is_answered_and_said_to_be_beyond_the_model(kvplan_cli: Cli) -> None:
     ran = kvplan_cli("size", "--model", "8b", "--gpu", "h100", "--ctx", "1000000000000", "--json")
     assert ran.code == 0

@@ -68,6 +68,15 @@ def test_merged_fields_are_read_and_nested_merges_grow_no_further_than_their_key
     assert time.monotonic() - began < 1
 
 
+def test_names_and_versions_are_text_as_written(tmp_path: Path) -> None:
+    """YAML 1.1 would make false, 8, 750, a date and 0.3 of them."""
+    names = ["no", "010", "12:30", "2026-11-24", "1e3", "null"]
+    listed = "".join(f"- {{name: {name}, model: 8b, ep: no}}\n" for name in names)
+    found = read_scenario(written(tmp_path, f"engine_version: 0.30\ndeployments:\n{listed}"))
+    assert [deployment.name for deployment in found] == [*names[:-1], "8b"]
+    assert found[0].options == {"engine_version": "0.30", "model": "8b", "ep": False}
+
+
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         read_scenario(tmp_path / "absent.yaml")

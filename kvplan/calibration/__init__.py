@@ -6,7 +6,8 @@
 ``samples``           measured points from CSV or JSONL, and which of them are refused
 ``attention_fit``     samples and priors in, a calibration out
 ``attention``         a calibration: predictions, intervals, slope ratios
-``schema``            the JSON form, checked field by field
+``fields``            fields of JSON, checked as they are read
+``schema``            the JSON form of a calibration
 ``store``             where calibrations lie: the user's folder first, then those that ship
 ``derive``            ``python -m kvplan.calibration.derive``: the shipped calibrations from public tables
 ``evaluate``          ``python -m kvplan.calibration.evaluate``: how good they are, by held-out rows

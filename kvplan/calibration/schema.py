@@ -11,6 +11,7 @@ import numpy as np
 
 from kvplan.calibration.attention import REGIMES, AttentionCalibration, DtypeCalibration
 from kvplan.calibration.attention_model import NAMES, PARAMETERS
+from kvplan.calibration.fields import Checker
 from kvplan.calibration.geometry import RULES, Dispatch, Hardware
 from kvplan.calibration.store import SHIPPED
 from kvplan.dtypes import KV_FORMATS, canonical_kv_dtype
@@ -40,7 +41,7 @@ def attention_from_json(data: Mapping[str, Any], where: str, origin: str = SHIPP
         ProfileError: a field is missing, of the wrong type, NaN, negative or absurd; the message names it.
 
     """
-    check = _Checker(where)
+    check = Checker(where)
     check.finite(data, "")
     version = data.get("schema_version")
     if version != SCHEMA_VERSION or isinstance(version, bool):
@@ -58,8 +59,8 @@ def attention_from_json(data: Mapping[str, Any], where: str, origin: str = SHIPP
     fitted = check.table(data, "kv_dtypes")
     if not fitted:
         raise ProfileError(f"{where}: kv_dtypes is empty")
-    dispatch = check.dispatch(data.get("other_kernel"))
-    dtypes = {check.kv_dtype(name): _dtype(check, name, entry, dispatch) for name, entry in fitted.items()}
+    dispatch = _dispatch(check, data.get("other_kernel"))
+    dtypes = {_kv_dtype(check, name): _dtype(check, name, entry, dispatch) for name, entry in fitted.items()}
     ranges = {
         name: check.pair(value, f"valid_range.{name}") for name, value in check.table(data, "valid_range").items()
     }
@@ -85,7 +86,7 @@ def check_other(data: Mapping[str, Any], where: str) -> None:
         ProfileError: a field is missing, of the wrong type, NaN or not positive; the message names it.
 
     """
-    check = _Checker(where)
+    check = Checker(where)
     check.finite(data, "")
     if data.get("schema_version") != OTHER_SCHEMA_VERSION:
         raise ProfileError(f"{where}: schema_version must be {OTHER_SCHEMA_VERSION}")
@@ -100,7 +101,7 @@ def check_other(data: Mapping[str, Any], where: str) -> None:
             check.number(item, "value", f"{at}.parameters.{key}.value", 1e-15, 1e18)
 
 
-def _dtype(check: _Checker, name: str, entry: Any, dispatch: Dispatch) -> DtypeCalibration:
+def _dtype(check: Checker, name: str, entry: Any, dispatch: Dispatch) -> DtypeCalibration:
     at = f"kv_dtypes.{name}"
     main = _kernel(check, at, entry)
     if dispatch.num_kernels == 1:
@@ -108,7 +109,7 @@ def _dtype(check: _Checker, name: str, entry: Any, dispatch: Dispatch) -> DtypeC
     return replace(main, other=_kernel(check, f"{at}.other_kernel", entry.get("other_kernel")))
 
 
-def _kernel(check: _Checker, at: str, entry: Any) -> DtypeCalibration:
+def _kernel(check: Checker, at: str, entry: Any) -> DtypeCalibration:
     if not isinstance(entry, Mapping):
         raise ProfileError(f"{check.where}: {at} must be an object")
     values = check.table(entry, "parameters", f"{at}.parameters")
@@ -132,92 +133,52 @@ def _kernel(check: _Checker, at: str, entry: Any) -> DtypeCalibration:
     half = {regime: check.number(widths, regime, f"{at}.half_width_log.{regime}", 1e-6, 5) for regime in REGIMES}
     samples = check.number(entry, "num_samples", f"{at}.num_samples", 0, 1e12)
     residuals = entry.get("residuals") if isinstance(entry.get("residuals"), Mapping) else {}
-    covariance = check.covariance(entry.get("covariance_log"), f"{at}.covariance_log")
+    covariance = _covariance(check, entry.get("covariance_log"), f"{at}.covariance_log")
     scale = check.number(entry, "interval_scale", f"{at}.interval_scale", 1e-3, 100)
     return DtypeCalibration(
         np.array(theta), np.array(spread), covariance, half, int(samples), dict(residuals or {}), scale
     )
 
 
-class _Checker:
-    """Reads fields and says which one is wrong."""
+def _kv_dtype(check: Checker, name: str) -> str:
+    try:
+        found = canonical_kv_dtype(name)
+    except KvplanError as error:
+        raise ProfileError(f"{check.where}: kv_dtypes.{shorten(name)} is not a KV dtype", hint=error.hint) from error
+    if found not in KV_FORMATS:
+        raise ProfileError(f"{check.where}: kv_dtypes.{shorten(name)} is not a named KV dtype")
+    return found
 
-    def __init__(self, where: str) -> None:
-        self.where = where
 
-    def finite(self, value: Any, path: str) -> None:
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ProfileError(f"{self.where}: {path} must be a finite number, not {value}")
-        if isinstance(value, Mapping):
-            for key, item in value.items():
-                self.finite(item, f"{path}.{key}" if path else str(key))
-        elif isinstance(value, list):
-            for number, item in enumerate(value):
-                self.finite(item, f"{path}[{number}]")
-
-    def table(self, data: Mapping[str, Any], key: str, path: str | None = None) -> Mapping[str, Any]:
-        value = data.get(key)
-        if not isinstance(value, Mapping):
-            raise ProfileError(f"{self.where}: {path or key} must be an object")
-        return value
-
-    def text(self, data: Mapping[str, Any], key: str) -> str:
-        value = data.get(key)
-        if not isinstance(value, str) or not value:
-            raise ProfileError(f"{self.where}: {key} must be text")
-        return value
-
-    def number(self, data: Mapping[str, Any], key: str, path: str, low: float, high: float) -> float:
-        value = data.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise ProfileError(f"{self.where}: {path} must be a number from {low:g} to {high:g}, not {shorten(value)}")
-        return float(value)
-
-    def pair(self, value: Any, path: str) -> tuple[float, float]:
-        if not isinstance(value, list) or len(value) != 2:
-            raise ProfileError(f"{self.where}: {path} must be [smallest, largest]")
-        low, high = (self.number({"": item}, "", path, 0, 1e18) for item in value)
-        if low > high:
-            raise ProfileError(f"{self.where}: {path} must be [smallest, largest], not {shorten(value)}")
-        return low, high
-
-    def kv_dtype(self, name: str) -> str:
-        try:
-            found = canonical_kv_dtype(name)
-        except KvplanError as error:
-            raise ProfileError(f"{self.where}: kv_dtypes.{shorten(name)} is not a KV dtype", hint=error.hint) from error
-        if found not in KV_FORMATS:
-            raise ProfileError(f"{self.where}: kv_dtypes.{shorten(name)} is not a named KV dtype")
-        return found
-
-    def dispatch(self, value: Any) -> Dispatch:
-        rule = value.get("rule") if isinstance(value, Mapping) else 0
-        if rule is not None and not (isinstance(rule, str) and rule in RULES):
+def _dispatch(check: Checker, value: Any) -> Dispatch:
+    rule = value.get("rule") if isinstance(value, Mapping) else 0
+    if rule is not None and not (isinstance(rule, str) and rule in RULES):
+        raise ProfileError(
+            f"{check.where}: other_kernel must be an object whose rule is null or one of {', '.join(RULES)}"
+        )
+    shapes = value.get("shapes")
+    if not isinstance(shapes, list):
+        raise ProfileError(f"{check.where}: other_kernel.shapes must be a list")
+    found = []
+    for number, item in enumerate(shapes):
+        shape = item if isinstance(item, Mapping) else {}
+        width, windowed, group = (shape.get(key) for key in ("head_dim", "windowed", "q_heads_per_kv_head"))
+        if type(width) is not int or type(windowed) is not bool or not (group is None or type(group) is int):
             raise ProfileError(
-                f"{self.where}: other_kernel must be an object whose rule is null or one of {', '.join(RULES)}"
+                f"{check.where}: other_kernel.shapes[{number}] needs head_dim (a whole number), windowed (true or "
+                "false) and q_heads_per_kv_head (a whole number or null)"
             )
-        shapes = value.get("shapes")
-        if not isinstance(shapes, list):
-            raise ProfileError(f"{self.where}: other_kernel.shapes must be a list")
-        found = []
-        for number, item in enumerate(shapes):
-            shape = item if isinstance(item, Mapping) else {}
-            width, windowed, group = (shape.get(key) for key in ("head_dim", "windowed", "q_heads_per_kv_head"))
-            if type(width) is not int or type(windowed) is not bool or not (group is None or type(group) is int):
-                raise ProfileError(
-                    f"{self.where}: other_kernel.shapes[{number}] needs head_dim (a whole number), windowed (true or "
-                    "false) and q_heads_per_kv_head (a whole number or null)"
-                )
-            found.append((width, windowed, group))
-        return Dispatch(tuple(found), rule)
+        found.append((width, windowed, group))
+    return Dispatch(tuple(found), rule)
 
-    def covariance(self, value: Any, path: str) -> np.ndarray[Any, Any] | None:
-        if value is None:
-            return None
-        try:
-            matrix = np.array(value, dtype=float)
-        except (TypeError, ValueError):
-            matrix = np.zeros(0)
-        if matrix.shape != (len(NAMES), len(NAMES)) or not np.isfinite(matrix).all() or (np.diag(matrix) < 0).any():
-            raise ProfileError(f"{self.where}: {path} must be a {len(NAMES)}×{len(NAMES)} matrix of finite numbers")
-        return matrix
+
+def _covariance(check: Checker, value: Any, path: str) -> np.ndarray[Any, Any] | None:
+    if value is None:
+        return None
+    try:
+        matrix = np.array(value, dtype=float)
+    except (TypeError, ValueError):
+        matrix = np.zeros(0)
+    if matrix.shape != (len(NAMES), len(NAMES)) or not np.isfinite(matrix).all() or (np.diag(matrix) < 0).any():
+        raise ProfileError(f"{check.where}: {path} must be a {len(NAMES)}×{len(NAMES)} matrix of finite numbers")
+    return matrix

@@ -12,6 +12,8 @@ from kvplan.check.result import CheckResult
 from kvplan.check.server import ServerReport
 from kvplan.check.terms import all_terms, plan_of
 from kvplan.errors import InputError
+from kvplan.memory.request import make_request
+from kvplan.memory.setup import set_up
 
 TOLERANCE = 0.05
 
@@ -40,4 +42,6 @@ def reconcile(report: ServerReport, given: Mapping[str, Any], tolerance: float =
         raise InputError(f"{report.source}: nothing in it can be held against a plan: {missing}",
                          hint="name the GPU with --gpu, or give the whole start-up log")  # fmt: skip
     causes = find_causes(report, basis, plan, terms, tolerance)
-    return CheckResult(report, plan, terms, causes, tolerance, basis.notes)
+    granted = set_up(make_request(basis.options)).taken_for_granted
+    notes = basis.notes if granted is None else (*basis.notes, granted)
+    return CheckResult(report, plan, terms, causes, tolerance, notes)

@@ -102,9 +102,10 @@ def report_error(error: object) -> None:
     from kvplan.errors import KvplanError
 
     assert isinstance(error, KvplanError)
+    from kvplan.cli.stated import in_options
     from kvplan.terminal.console import is_styled
 
     label = "\x1b[31merror:\x1b[0m" if is_styled(sys.stderr) else "error:"
     hint = f" ({error.hint})" if error.hint else ""
     with contextlib.suppress(OSError):  # a full disk under stderr changes no exit code
-        print(f"{label} {error.message}{hint}", file=sys.stderr, flush=True)
+        print(f"{label} {in_options(error.message + hint, sys.argv[1:])}", file=sys.stderr, flush=True)

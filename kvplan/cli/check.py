@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from kvplan.cli import complete, options
+from kvplan.cli import options
 from kvplan.cli.lists import size_bytes, tokens
 from kvplan.errors import AnswerIsNo, InputError, OutOfTolerance
 
@@ -58,12 +57,7 @@ Tolerance = Annotated[
 ]
 
 
-def _text(*flags: str, about: str, names: Callable[[str], list[str]] | None = None) -> Any:
-    return typer.Option(*flags, help=about, autocompletion=names, rich_help_panel=PLANNED)
-
-
-def _count(*flags: str, about: str) -> Any:
-    return typer.Option(*flags, help=about, min=1, rich_help_panel=PLANNED)
+COUNT: dict[str, Any] = {"min": 1, "rich_help_panel": PLANNED}
 
 
 def check_command(
@@ -75,18 +69,16 @@ def check_command(
     scenario: Scenario = None,
     model: options.Model = None,
     gpu: Annotated[
-        str | None, _text("--gpu", about="The GPU; a log may name its memory only.", names=complete.gpus)
+        str | None, options.GPU.one(help="The GPU; a log may name its memory only.", rich_help_panel=PLANNED)
     ] = None,
-    gpu_memory: Annotated[str | None, _text("--gpu-memory", about="Memory of one GPU, e.g. 80GiB.")] = None,
-    tp: Annotated[int | None, _count("--tp", "--tensor-parallel-size", about="Tensor parallel ranks.")] = None,
-    pp: Annotated[int | None, _count("--pp", "--pipeline-parallel-size", about="Pipeline ranks.")] = None,
-    dp: Annotated[int | None, _count("--dp", "--data-parallel-size", about="Replicas.")] = None,
-    kv_cache_dtype: Annotated[
-        str | None, _text("--kv-cache-dtype", about="KV format (`kvplan dtypes`).", names=complete.kv_dtypes)
-    ] = None,
+    gpu_memory: options.GpuMemory = None,
+    tp: Annotated[int | None, options.TP.one(**COUNT)] = None,
+    pp: Annotated[int | None, options.PP.one(**COUNT)] = None,
+    dp: Annotated[int | None, options.DP.one(**COUNT)] = None,
+    kv_cache_dtype: Annotated[str | None, options.KV_CACHE_DTYPE.one(rich_help_panel=PLANNED)] = None,
     weight_dtype: options.WeightDtype = None,
-    ctx: Annotated[str | None, _text("--ctx", "--context", about="Context every request may have.")] = None,
-    batch: Annotated[int | None, _count("--batch", "--batch-size", about="Requests to hold at once.")] = None,
+    ctx: Annotated[str | None, options.CONTEXT.one(rich_help_panel=PLANNED)] = None,
+    batch: Annotated[int | None, options.BATCH.one(**COUNT)] = None,
     engine_version: options.EngineVersion = None,
     max_model_len: options.MaxModelLen = None,
     utilization: options.MemoryFraction = None,

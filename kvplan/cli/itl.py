@@ -23,7 +23,6 @@ MAX_LINES = 64
 MAX_BATCH = 2**24
 MAX_CONTEXTS = 200
 DEFAULT_CONTEXTS = "1k..128k"
-LOAD = "Under load"
 
 Contexts = Annotated[
     str | None,
@@ -58,21 +57,16 @@ AttentionDp = Annotated[
         "--attention-dp", "--attention-dp-size", help="Attention data parallel ranks.", rich_help_panel=options.HARDWARE
     ),
 ]
-InputTokens = Annotated[
-    str | None, typer.Option("--isl", "--input-tokens", help="Prompt tokens of a request.", rich_help_panel=LOAD)
-]
-OutputTokens = Annotated[
-    str | None, typer.Option("--osl", "--output-tokens", help="Output tokens of a request.", rich_help_panel=LOAD)
-]
 Concurrency = Annotated[
-    str | None, typer.Option("--concurrency", help="Clients of the closed loop. A list sweeps.", rich_help_panel=LOAD)
+    str | None,
+    typer.Option("--concurrency", help="Clients of the closed loop. A list sweeps.", rich_help_panel=options.LOAD),
 ]
 LengthSpread = Annotated[
     float | None,
     typer.Option(
         "--length-spread",
         help="How far below nominal lengths are drawn: 0.2 is 0.8–1.0 of nominal, 0 is exact.",
-        rich_help_panel=LOAD,
+        rich_help_panel=options.LOAD,
     ),
 ]
 
@@ -97,8 +91,8 @@ def itl_command(
     utilization: options.MemoryFraction = None,
     kv_cache_memory: options.KvCacheMemory = None,
     calibration: options.Calibration = None,
-    isl: InputTokens = None,
-    osl: OutputTokens = None,
+    isl: options.InputTokens = None,
+    osl: options.OutputTokens = None,
     concurrency: Concurrency = None,
     length_spread: LengthSpread = None,
     cases: options.Cases = None,
@@ -139,32 +133,17 @@ def itl_command(
         _load(fixed, lists, load, ctx, length_spread, as_json, explain)
     else:
         lists["batch_size"] = counts(batch, "--batch", MAX_BATCH)
-        _lines(fixed, lists, contexts_of(ctx or DEFAULT_CONTEXTS), as_json, explain)
+        _lines(fixed, lists, _ascending(DEFAULT_CONTEXTS if ctx is None else ctx), as_json, explain)
 
 
-def contexts_of(text: str) -> list[int]:
-    """``32k``, ``1k,8k,64k`` or ``1k..128k`` (doubling, both ends in) as ascending token counts.
+def _ascending(text: str) -> list[int]:
+    """The contexts of a line, from small to large.
 
     Raises:
         InputError: not token counts, out of order, or too many.
 
     """
-    found: list[int] = []
-    for word in contexts(text, "--ctx"):
-        if ".." not in word:
-            found.append(parse_tokens(word, "--ctx"))
-            continue
-        first, last = (parse_tokens(part, "--ctx") for part in word.split("..", 1))
-        if first > last:
-            raise InputError(
-                f"--ctx {shorten(word, 40)} runs backwards", hint="write the smaller context first: 1k..128k"
-            )
-        while first < last:
-            found.append(first)
-            first *= 2
-        found.append(last)
-    if not found:
-        raise InputError("--ctx has no value", hint="write --ctx 32k, --ctx 1k,8k,64k or --ctx 1k..128k")
+    found = contexts(text, "--ctx")
     if any(a >= b for a, b in itertools.pairwise(found)):
         raise InputError(
             f"--ctx {shorten(text, 40)} does not ascend", hint="write contexts from small to large, each once"

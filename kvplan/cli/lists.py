@@ -33,15 +33,29 @@ def named(text: str | None, flag: str) -> list[str]:
     return found
 
 
-def contexts(text: str | None, flag: str) -> list[str]:
-    """The words of a list of contexts, which ``32,768`` is not.
+def contexts(text: str | None, flag: str) -> list[int]:
+    """The token counts of a list such as ``1k,8k..64k``, whose ranges double and have both ends in.
 
     Raises:
-        InputError: the option was given and holds none, or reads as one number.
+        InputError: the option was given and holds none, reads as one number, or a range has one end or runs backwards.
 
     """
     _refuse_thousands(text or "", flag, SHORT_CONTEXT)
-    return named(text, flag)
+    found: list[int] = []
+    for word in named(text, flag):
+        first, dots, last = word.partition("..")
+        if dots and not (first and last):
+            raise InputError(f"{flag} {shorten(word, 40)} is a range with one end", hint=f"write {flag} 1k..128k")
+        at, end = (parse_tokens(text, flag) for text in (first, last if dots else first))
+        if at > end:
+            raise InputError(
+                f"{flag} {shorten(word, 40)} runs backwards", hint=f"write the smaller one first: {last}..{first}"
+            )
+        while at < end:
+            found.append(at)
+            at *= 2
+        found.append(end)
+    return found
 
 
 def _refuse_thousands(text: str, flag: str, least: int = 0) -> None:
@@ -82,9 +96,12 @@ def tokens(text: str | None, flag: str) -> int | None:
     """Tokens of ``32k`` and the like; None where the option is not given.
 
     Raises:
-        InputError: not a count of tokens.
+        InputError: not a count of tokens, or a list or range of them.
 
     """
+    if text is not None and (".." in text or len(words(text)) > 1) and not _GROUPED.fullmatch(text.strip()):
+        raise InputError(f"{flag} {shorten(text, 30)!r} is several values, and this command plans one",
+                         hint=f"write {flag} 32k; `kvplan size` and `kvplan itl` take lists and ranges")  # fmt: skip
     return None if text is None else parse_tokens(text, flag)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,9 +14,54 @@ from kvplan.cli import complete
 MODEL = "What to serve"
 HARDWARE = "On what"
 ENGINE = "How it is served"
+LOAD = "Under load"
 MEMORY = "Memory terms"
 SHAPE = "A model from flags"
 OUTPUT = "Output"
+
+
+@dataclass(frozen=True)
+class Declared:
+    """An option of which some commands take one value and others a list.
+
+    Attributes:
+        flags: its spellings, the usual one first.
+        about: its help, without the full stop.
+        panel: the heading it is helped under.
+        names: completes its values.
+
+    """
+
+    flags: tuple[str, ...]
+    about: str
+    panel: str
+    names: Callable[[str], list[str]] | None = None
+
+    def one(self, **settings: Any) -> Any:
+        """The option for one value; ``settings`` of ``typer.Option`` win."""
+        usual = {"help": f"{self.about}.", "autocompletion": self.names, "rich_help_panel": self.panel}
+        return typer.Option(*self.flags, **(usual | settings))
+
+    def many(self, **settings: Any) -> Any:
+        """The option for values between commas."""
+        return self.one(**({"help": f"{self.about}. A list sweeps."} | settings))
+
+
+CONTEXT = Declared(("--ctx", "--context"), "Tokens of context a request; 32k is 32,768", MODEL)
+BATCH = Declared(("--batch", "--batch-size", "--concurrency", "--users"), "Requests (users) at once", MODEL)
+KV_CACHE_DTYPE = Declared(
+    ("--kv-cache-dtype",),
+    "auto, bf16, fp8, fp8_per_token_head, int8_per_token_head, int4_per_token_head, nvfp4 … (`kvplan dtypes`)",
+    MODEL,
+    complete.kv_dtypes,
+)
+GPU = Declared(("--gpu",), "GPU (`kvplan gpus`), or local", HARDWARE, complete.gpus)
+TP = Declared(("--tp", "--tensor-parallel-size", "--tp-size"), "Tensor parallel ranks", HARDWARE)
+PP = Declared(("--pp", "--pipeline-parallel-size", "--pp-size"), "Pipeline ranks", HARDWARE)
+DP = Declared(("--dp", "--data-parallel-size", "--dp-size"), "Replicas", HARDWARE)
+DCP = Declared(
+    ("--dcp", "--decode-context-parallel-size", "--dcp-size"), "Decode context parallel ranks within TP", HARDWARE
+)
 
 Model = Annotated[
     str | None,
@@ -26,27 +73,17 @@ Model = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
-Context = Annotated[
-    str | None,
-    typer.Option(
-        "--ctx", "--context", help="Tokens of context a request; 32k is 32,768. A list sweeps.", rich_help_panel=MODEL
-    ),
+Context = Annotated[str | None, CONTEXT.many(help=f"{CONTEXT.about}. A list or a range (1k..128k, doubling) sweeps.")]
+OneContext = Annotated[str | None, CONTEXT.one()]
+Batch = Annotated[str | None, BATCH.many()]
+OneBatch = Annotated[int | None, BATCH.one()]
+KvCacheDtype = Annotated[str, KV_CACHE_DTYPE.many()]
+OneKvCacheDtype = Annotated[str, KV_CACHE_DTYPE.one()]
+InputTokens = Annotated[
+    str | None, typer.Option("--isl", "--input-tokens", help="Prompt tokens of a request.", rich_help_panel=LOAD)
 ]
-Batch = Annotated[
-    str | None,
-    typer.Option(
-        "--batch", "--batch-size", "--concurrency", help="Requests at once. A list sweeps.", rich_help_panel=MODEL
-    ),
-]
-KvCacheDtype = Annotated[
-    str,
-    typer.Option(
-        "--kv-cache-dtype",
-        help="auto, bf16, fp8, fp8_per_token_head, int8_per_token_head, int4_per_token_head, "
-        "nvfp4 … (`kvplan dtypes`). A list sweeps.",
-        autocompletion=complete.kv_dtypes,
-        rich_help_panel=MODEL,
-    ),
+OutputTokens = Annotated[
+    str | None, typer.Option("--osl", "--output-tokens", help="Answer tokens of a request.", rich_help_panel=LOAD)
 ]
 WeightDtype = Annotated[
     str | None,
@@ -57,52 +94,22 @@ WeightDtype = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
-Gpu = Annotated[
-    str | None,
-    typer.Option(
-        "--gpu",
-        help="GPU (`kvplan gpus`), or local. Without it: what each GPU could hold. A list sweeps.",
-        autocompletion=complete.gpus,
-        rich_help_panel=HARDWARE,
-    ),
-]
+Gpu = Annotated[str | None, GPU.many()]
+OneGpu = Annotated[str | None, GPU.one()]
 GpuMemory = Annotated[
     str | None,
     typer.Option(
         "--gpu-memory", help="Memory of one GPU, e.g. 80GiB; replaces the profile's.", rich_help_panel=HARDWARE
     ),
 ]
-TensorParallel = Annotated[
-    str,
-    typer.Option(
-        "--tp",
-        "--tensor-parallel-size",
-        "--tp-size",
-        help="Tensor parallel ranks. A list sweeps.",
-        rich_help_panel=HARDWARE,
-    ),
-]
-PipelineParallel = Annotated[
-    str,
-    typer.Option(
-        "--pp", "--pipeline-parallel-size", "--pp-size", help="Pipeline ranks. A list sweeps.", rich_help_panel=HARDWARE
-    ),
-]
-DataParallel = Annotated[
-    str,
-    typer.Option(
-        "--dp", "--data-parallel-size", "--dp-size", help="Replicas. A list sweeps.", rich_help_panel=HARDWARE
-    ),
-]
-DecodeContextParallel = Annotated[
-    str,
-    typer.Option(
-        "--dcp",
-        "--decode-context-parallel-size",
-        help="Decode context parallel ranks within TP. A list sweeps.",
-        rich_help_panel=HARDWARE,
-    ),
-]
+TensorParallel = Annotated[str, TP.many()]
+PipelineParallel = Annotated[str, PP.many()]
+DataParallel = Annotated[str, DP.many()]
+DecodeContextParallel = Annotated[str, DCP.many()]
+OneTensorParallel = Annotated[int, TP.one()]
+OnePipelineParallel = Annotated[int, PP.one()]
+OneDataParallel = Annotated[int, DP.one()]
+OneDecodeContextParallel = Annotated[int, DCP.one()]
 ExpertParallel = Annotated[
     bool, typer.Option("--ep", "--enable-expert-parallel", help="Split experts over TP × DP.", rich_help_panel=HARDWARE)
 ]

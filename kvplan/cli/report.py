@@ -16,29 +16,11 @@ from kvplan.units import format_bytes, format_count
 if TYPE_CHECKING:
     from kvplan.document.schema import Fleet, FleetEntry
 
-LOAD = "Under load"
 EVIDENCE = "What is known"
 
 Scenario = Annotated[
     Path | None,
     typer.Argument(help="YAML or TOML with several deployments: a page each and an index, into the folder of -o."),
-]
-Context = Annotated[
-    str | None,
-    typer.Option("--ctx", "--context", help="Tokens of context a user; 32k is 32,768.", rich_help_panel=options.MODEL),
-]
-Users = Annotated[
-    int | None,
-    typer.Option("--concurrency", "--users", "--batch", help="Users at once.", rich_help_panel=options.MODEL),
-]
-KvCacheDtype = Annotated[
-    str,
-    typer.Option(
-        "--kv-cache-dtype",
-        help="The KV format in use (`kvplan dtypes`).",
-        autocompletion=complete.kv_dtypes,
-        rich_help_panel=options.MODEL,
-    ),
 ]
 Compare = Annotated[
     str | None,
@@ -49,46 +31,6 @@ Compare = Annotated[
         rich_help_panel=options.MODEL,
         show_default=False,
     ),
-]
-Gpu = Annotated[
-    str | None,
-    typer.Option(
-        "--gpu",
-        help="GPU (`kvplan gpus`), or local.",
-        autocompletion=complete.gpus,
-        rich_help_panel=options.HARDWARE,
-    ),
-]
-TensorParallel = Annotated[
-    int,
-    typer.Option(
-        "--tp", "--tensor-parallel-size", "--tp-size", help="Tensor parallel ranks.", rich_help_panel=options.HARDWARE
-    ),
-]
-PipelineParallel = Annotated[
-    int,
-    typer.Option(
-        "--pp", "--pipeline-parallel-size", "--pp-size", help="Pipeline ranks.", rich_help_panel=options.HARDWARE
-    ),
-]
-DataParallel = Annotated[
-    int,
-    typer.Option("--dp", "--data-parallel-size", "--dp-size", help="Replicas.", rich_help_panel=options.HARDWARE),
-]
-DecodeContextParallel = Annotated[
-    int,
-    typer.Option(
-        "--dcp",
-        "--decode-context-parallel-size",
-        help="Decode context parallel ranks within TP.",
-        rich_help_panel=options.HARDWARE,
-    ),
-]
-InputTokens = Annotated[
-    str | None, typer.Option("--isl", "--input-tokens", help="Prompt tokens of a request.", rich_help_panel=LOAD)
-]
-OutputTokens = Annotated[
-    str | None, typer.Option("--osl", "--output-tokens", help="Answer tokens of a request.", rich_help_panel=LOAD)
 ]
 Measured = Annotated[
     str | None,
@@ -119,17 +61,17 @@ Force = Annotated[bool, typer.Option("--force", help="Replace files that exist."
 def report_command(
     scenario: Scenario = None,
     model: options.Model = None,
-    ctx: Context = None,
-    users: Users = None,
-    kv_cache_dtype: KvCacheDtype = "auto",
+    ctx: options.OneContext = None,
+    users: options.OneBatch = None,
+    kv_cache_dtype: options.OneKvCacheDtype = "auto",
     compare: Compare = None,
     weight_dtype: options.WeightDtype = None,
-    gpu: Gpu = None,
+    gpu: options.OneGpu = None,
     gpu_memory: options.GpuMemory = None,
-    tp: TensorParallel = 1,
-    pp: PipelineParallel = 1,
-    dp: DataParallel = 1,
-    dcp: DecodeContextParallel = 1,
+    tp: options.OneTensorParallel = 1,
+    pp: options.OnePipelineParallel = 1,
+    dp: options.OneDataParallel = 1,
+    dcp: options.OneDecodeContextParallel = 1,
     ep: options.ExpertParallel = False,
     engine: options.Engine = "vllm",
     engine_version: options.EngineVersion = None,
@@ -140,8 +82,8 @@ def report_command(
     prefix_caching: options.PrefixCaching = True,
     utilization: options.MemoryFraction = None,
     kv_cache_memory: options.KvCacheMemory = None,
-    isl: InputTokens = None,
-    osl: OutputTokens = None,
+    isl: options.InputTokens = None,
+    osl: options.OutputTokens = None,
     calibration: options.Calibration = None,
     measured: Measured = None,
     name: Name = None,

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,6 +26,11 @@ DEFAULTED = {
 }  # fmt: skip
 """Options with a default, and the request fields they set."""
 
+Gpu = Annotated[
+    str | None,
+    options.GPU.many(help=f"{options.GPU.about}. Without it: what each GPU could hold. A list sweeps."),
+]
+
 Planner = Callable[[dict[str, Any], bool], "SizePlan"]
 """From options to a plan; the flag asks for comparison and advice too."""
 
@@ -38,7 +43,7 @@ def size_command(
     batch: options.Batch = None,
     kv_cache_dtype: options.KvCacheDtype = "auto",
     weight_dtype: options.WeightDtype = None,
-    gpu: options.Gpu = None,
+    gpu: Gpu = None,
     gpu_memory: options.GpuMemory = None,
     tp: options.TensorParallel = "1",
     pp: options.PipelineParallel = "1",
@@ -110,7 +115,7 @@ def size_command(
         "dp_size": counts(dp, "--dp"),
         "dcp_size": counts(dcp, "--dcp"),
         "kv_cache_dtype": named(kv_cache_dtype, "--kv-cache-dtype"),
-        "context_tokens": [tokens(text, "--ctx") for text in contexts(ctx, "--ctx")],
+        "context_tokens": contexts(ctx, "--ctx"),
         "batch_size": [] if batch is None else counts(batch, "--batch"),
     }
     planner = _planner(from_log, context, fixed, lists)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
 import typer
 
 from kvplan.errors import InputError
+
+_FIELD = re.compile(r"(?<![\w./'\"-])[a-z]+(?:_[a-z]+)+(?![\w./'\"-])")
 
 
 def stated(context: typer.Context) -> dict[str, str]:
@@ -28,3 +33,16 @@ def refuse_beside_cases(context: typer.Context) -> None:
     if others:
         raise InputError(f"{', '.join(others)} beside --cases would be ignored",
                          hint="write it into each case; results are always JSON lines")  # fmt: skip
+
+
+def in_options(message: str, words: Sequence[str]) -> str:
+    """``message`` with each request field that an option of the command line ``words`` set called as it was typed."""
+    from kvplan.memory.request import OPTION_NAMES
+
+    typed: dict[str, str] = {}
+    for word in words:
+        if word.startswith("--"):
+            option = word.partition("=")[0]
+            name = option[2:].replace("-", "_")
+            typed |= {name: option, OPTION_NAMES.get(name, name): option}
+    return _FIELD.sub(lambda field: typed.get(field[0], field[0]), message)

@@ -150,10 +150,6 @@ def write_documents(document: Report | Fleet, paths: Sequence[Path], *, force: b
     if existing is not None:
         raise InputError(f"{existing} exists", hint="choose another name or add --force")
     for path, form in zip(paths, forms, strict=True):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{path.parent}: cannot be made ({error.strerror or type(error).__name__})") from error
         write_text(path, FORMATS[form](document), force)
 
 

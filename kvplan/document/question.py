@@ -11,11 +11,8 @@ from typing import Any
 
 from kvplan.dtypes import canonical_kv_dtype
 from kvplan.errors import InputError, closest, shorten
-from kvplan.memory.request import FIELDS, SHORT_NAMES, SizeRequest, make_request
+from kvplan.memory.request import FIELDS, OPTION_NAMES, SizeRequest, make_request
 from kvplan.units import parse_tokens
-
-ALIASES = {**SHORT_NAMES, "users": "batch_size", "concurrency": "batch_size"}
-"""Short names of fields, as command-line options and people write them."""
 
 SHAPE_FIELDS = ("num_layers", "num_kv_heads", "head_dim", "num_parameters", "window_tokens")
 LENGTHS = ("input_tokens", "output_tokens")
@@ -136,9 +133,9 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
     given: dict[str, Any] = {}
     for key, value in options.items():
         plain = str(key).replace("-", "_")
-        name = ALIASES.get(plain, plain)
+        name = plain if plain in known else OPTION_NAMES.get(plain, plain)
         if name not in known:
-            close = closest(plain, (*known, *ALIASES))
+            close = closest(plain, (*known, *OPTION_NAMES))
             raise InputError(f"unknown report field {shorten(str(key), 60)!r}",
                              hint=f"closest: {', '.join(close)}" if close else None)  # fmt: skip
         if value is None:

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from math import isfinite, log
+from math import log
 from typing import Any, NamedTuple
 
 from kvplan import profiles
+from kvplan.calibration.fields import Checker
 from kvplan.errors import ProfileError
 from kvplan.memory.request import Source
 
@@ -178,66 +179,47 @@ def calibration_from_profile(data: Mapping[str, Any], where: str) -> ServingCali
         ProfileError: a field is missing, of the wrong type, NaN or absurd; the message names it.
 
     """
+    check = Checker(where)
+    check.finite(data, "")
     if data.get("schema_version") != SCHEMA_VERSION:
         raise ProfileError(f"{where}: schema_version must be {SCHEMA_VERSION}")
     common = {}
-    values = _mapping(data, "common", where)
+    values = check.table(data, "common")
     for parameter in PARAMETERS:
-        value = _number(values, parameter.name, f"{where}: common", -50, 1e6)
+        path = f"common.{parameter.name}"
+        value = check.number(values, parameter.name, path, -50, 1e6)
         if parameter.is_log and value <= 0:
-            raise ProfileError(f"{where}: common.{parameter.name} must be above 0")
+            raise ProfileError(f"{where}: {path} must be above 0")
         common[parameter.name] = log(value) if parameter.is_log else value
     offsets: dict[tuple[str, str], dict[str, float]] = {}
-    levels = _mapping(data, "offsets", where)
+    levels = check.table(data, "offsets")
     for level in levels:
-        names = _mapping(levels, level, f"{where}: offsets")
+        names = check.table(levels, level, f"offsets.{level}")
         for name in names:
-            at = f"{where}: offsets.{level}.{name}"
-            entries = _mapping(names, name, at)
-            offsets[level, name] = {key: _number(entries, key, at, -5, 5) for key in entries if _known(key, at)}
+            at = f"offsets.{level}.{name}"
+            entries = check.table(names, name, at)
+            unknown = next((key for key in entries if key not in NAMES), None)
+            if unknown is not None:
+                raise ProfileError(f"{where}: {at}.{unknown} is not a parameter of this version")
+            offsets[level, name] = {key: check.number(entries, key, f"{at}.{key}", -5, 5) for key in entries}
     return ServingCalibration(
         common=common,
         offsets=offsets,
-        groups=_counts(data, "groups", where),
-        gpu_engines=_counts(data, "gpu_engines", where),
-        residuals={k: _pair(v, f"{where}: residuals.{k}") for k, v in _mapping(data, "residuals", where).items()},
-        valid_range={k: _pair(v, f"{where}: valid_range.{k}") for k, v in _mapping(data, "valid_range", where).items()},
-        num_rows=int(_number(data, "num_rows", where, 1, 1e9)),
+        groups=_counts(check, data, "groups"),
+        gpu_engines=_counts(check, data, "gpu_engines"),
+        residuals=_pairs(check, data, "residuals"),
+        valid_range=_pairs(check, data, "valid_range"),
+        num_rows=int(check.number(data, "num_rows", "num_rows", 1, 1e9)),
         source=str(data.get("source", where)),
         date=str(data.get("date", "")),
     )
 
 
-def _known(name: str, where: str) -> bool:
-    if name not in NAMES:
-        raise ProfileError(f"{where}.{name} is not a parameter of this version")
-    return True
+def _counts(check: Checker, data: Mapping[str, Any], key: str) -> dict[str, int]:
+    values = check.table(data, key)
+    return {name: int(check.number(values, name, f"{key}.{name}", 0, 1e9)) for name in values}
 
 
-def _mapping(data: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
-    value = data.get(key)
-    if not isinstance(value, dict):
-        raise ProfileError(f"{where}: {key} must be an object")
-    return value
-
-
-def _counts(data: Mapping[str, Any], key: str, where: str) -> dict[str, int]:
-    values = _mapping(data, key, where)
-    return {name: int(_number(values, name, f"{where}: {key}", 0, 1e9)) for name in values}
-
-
-def _number(data: Mapping[str, Any], key: str, where: str, low: float, high: float) -> float:
-    value = data.get(key)
-    if isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value) and low <= value <= high:
-        return float(value)
-    raise ProfileError(f"{where}.{key} must be a number from {low:g} to {high:g}")
-
-
-def _pair(value: Any, where: str) -> tuple[float, float]:
-    if not isinstance(value, list) or len(value) != 2:
-        raise ProfileError(f"{where} must be two numbers")
-    entries = {"low": value[0], "high": value[1]}
-    low, high = (_number(entries, key, where, -1e12, 1e12) for key in ("low", "high"))
-    if low > high:
-        raise ProfileError(f"{where} must ascend")
-    return low, high
+def _pairs(check: Checker, data: Mapping[str, Any], key: str) -> dict[str, tuple[float, float]]:
+    values = check.table(data, key)
+    return {name: check.pair(value, f"{key}.{name}", -1e12, 1e12) for name, value in values.items()}

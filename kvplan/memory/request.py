@@ -90,12 +90,19 @@ _COUNTS = {
 _TEXTS = ("model", "gpu", "engine", "engine_version", "kv_cache_dtype", "weight_dtype")
 _FLAGS = ("ep", "enable_prefix_caching")
 FIELDS = tuple(field.name for field in fields(SizeRequest))
-SHORT_NAMES = {
-    "tp": "tp_size", "pp": "pp_size", "dp": "dp_size", "dcp": "dcp_size", "ctx": "context_tokens",
-    "batch": "batch_size", "isl": "input_tokens", "osl": "output_tokens", "gpu_memory": "gpu_memory_bytes",
-    "max_model_len": "max_model_len_tokens", "block_size": "block_size_tokens",
+OPTION_NAMES = {
+    "tp": "tp_size", "tensor_parallel_size": "tp_size", "pp": "pp_size", "pipeline_parallel_size": "pp_size",
+    "dp": "dp_size", "data_parallel_size": "dp_size", "dcp": "dcp_size", "decode_context_parallel_size": "dcp_size",
+    "enable_expert_parallel": "ep", "attention_dp": "attention_dp_size", "ctx": "context_tokens",
+    "context": "context_tokens", "batch": "batch_size", "concurrency": "batch_size", "users": "batch_size",
+    "isl": "input_tokens", "osl": "output_tokens", "block_size": "block_size_tokens", "page_size": "block_size_tokens",
+    "max_model_len": "max_model_len_tokens",
+    "mem_fraction_static": "gpu_memory_utilization", "free_gpu_memory_fraction": "gpu_memory_utilization",
+    "gpu_memory": "gpu_memory_bytes", "weights_memory": "weights_bytes", "activation_memory": "activation_bytes",
+    "graph_memory": "graph_bytes", "overhead_memory": "overhead_bytes", "layers": "num_layers",
+    "kv_heads": "num_kv_heads", "params": "num_parameters", "window": "window_tokens",
 }  # fmt: skip
-"""Options of the command line, and the request fields they set."""
+"""Options of the command line that are called otherwise than the request fields they set, without their dashes."""
 
 
 def make_request(options: Mapping[str, Any]) -> SizeRequest:
@@ -118,7 +125,7 @@ def make_request(options: Mapping[str, Any]) -> SizeRequest:
 
 def unknown_field(name: str, known: Sequence[str]) -> InputError:
     """The error of a field that a request does not have: the field meant, or the closest ones."""
-    meant = SHORT_NAMES.get(name.replace("-", "_"))
+    meant = OPTION_NAMES.get(name.replace("-", "_"))
     close = closest(name, known)
     hint = f"write {meant}" if meant in known else f"closest: {', '.join(close)}" if close else None
     return InputError(f"unknown request field {shorten(name, 60)!r}", hint=hint)

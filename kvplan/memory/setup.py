@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from kvplan.dtypes import canonical_kv_dtype
 from kvplan.errors import InputError
-from kvplan.gpu import GpuSpec, custom_gpu, resolve_gpu
+from kvplan.gpu import GpuSpec, custom_gpu, profile_of_device, resolve_gpu
 from kvplan.memory.budget import Budget, BudgetInputs, memory_budget
 from kvplan.memory.cache_plan import CachePlan
 from kvplan.memory.engines import Engine, parse_version, resolve_engine
@@ -17,7 +17,7 @@ from kvplan.memory.request import SizeRequest
 from kvplan.model_config import resolve_model
 from kvplan.model_config.reader import read_model_config
 from kvplan.model_config.types import AttentionCache, ModelConfig
-from kvplan.units import ceil_div
+from kvplan.units import ceil_div, format_gib
 from kvplan.weights import WeightBytes, weight_bytes
 
 
@@ -55,6 +55,25 @@ class Setup:
         if self.request.max_num_seqs is not None or self.gpu is None:
             return None
         return self.engine.default_num_seqs(self.gpu, self.options.version or ())
+
+    @property
+    def taken_for_granted(self) -> str | None:
+        """What a GPU of which only the memory is known is taken for; None where every GPU of that memory is alike."""
+        stated = self.request.max_num_seqs is not None and self.request.max_num_batched_tokens is not None
+        if self.gpu is None or self.request.gpu is not None or self.engine.name != "vllm" or stated:
+            return None
+        a100 = profile_of_device("A100", self.gpu.memory_bytes)
+        rules = VersionRules(self.options.version or ())
+        mine, theirs = (
+            f"{rules.default_num_seqs(gpu):,} requests at once and {rules.default_batched_tokens(gpu):,} batched tokens"
+            for gpu in (self.gpu, a100)
+        )
+        if a100 is None or mine == theirs:
+            return None
+        return (
+            f"no GPU is named: one with {format_gib(self.gpu.memory_bytes)} is taken for newer than an A100, so vLLM's "
+            f"defaults are {mine}; on an A100 they are {theirs}: add --gpu"
+        )
 
     @property
     def runs_at_once(self) -> bool:

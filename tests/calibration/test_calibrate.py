@@ -152,7 +152,7 @@ def samples(tmp_path) -> Path:
 
 def test_the_command_writes_predictions_in_input_order(samples, tmp_path, kvplan_cli):
     cases = write(tmp_path / "cases.csv", [row(b, c, d) for b, c in reversed(GRID) for d in ("bf16", "fp8")])
-    out, calibration = tmp_path / "out.csv", tmp_path / "c.json"
+    out, calibration = tmp_path / "new" / "out.csv", tmp_path / "new" / "er" / "c.json"  # folders are made
     ran = kvplan_cli("calibrate", str(samples), "--gpu", "h200", "-o", str(calibration), "--evaluate", str(cases),
                      "--predictions", str(out), width=120)  # fmt: skip
     assert ran.code == 0, ran.err

@@ -162,6 +162,17 @@ def test_the_command_answers_no_for_a_model_or_gpu_too_small(kvplan_cli: Callabl
         assert asked.code == 1 and "DOES NOT FIT" in asked.out and "planned" in asked.out
 
 
+def test_a_gpu_known_by_its_memory_alone_is_said_to_be_taken_for_a_newer_one() -> None:
+    """vLLM's defaults are 1,024 requests and 8,192 tokens from 70 GiB on, but 256 and 2,048 on an A100."""
+    note = next(advice for advice in kvplan.size_from_log(LLAMA).advice if advice.code == "unnamed_gpu").message
+    assert "one with 79.25 GiB is taken for newer than an A100" in note and "on an A100 they are 256 requests" in note
+    assert note in kvplan.check_log(LLAMA).notes
+    named = kvplan.size_from_log(LLAMA, gpu="a100")
+    stated = kvplan.size_from_log(LLAMA, max_num_seqs=256, max_num_batched_tokens=2048)
+    alike = kvplan.size(model="8b", gpu_memory_bytes="40GiB")
+    assert not any(advice.code == "unnamed_gpu" for plan in (named, stated, alike) for advice in plan.advice)
+
+
 def test_what_cannot_be_worked_out_is_said() -> None:
     sglang = LOGS / "sglang-0.4-llama-8b.log"
     with pytest.raises(InputError, match="does not say how much memory a GPU has"):

@@ -74,7 +74,8 @@ def test_a_file_that_exists_stays_unless_force_is_given(kvplan_cli: Cli, tmp_pat
     ("words", "says"),
     [(("-o", "report.pdf"), "a report is .html, .md or .json"), (("--gpu", "h2000"), "unknown GPU 'h2000'"),
      (("--ctx", "-5"), "--ctx '-5' is not a token count"), (("--ctx", "0"), "--ctx must be between 1"),
-     (("--isl", "1e99"), "--isl '1e99' is not a token count"), (("--concurrency", "0"), "batch_size must be between 1"),
+     (("--isl", "1e99"), "--isl '1e99' is not a token count"),
+     (("--concurrency", "0"), "--concurrency must be between 1"),
      (("--tp", "3"), "3"), (("--date", "yesterday"), "'yesterday' is not a date"),
      (("--measured", "/nowhere"), "is no run"), (("--calibration", "/nowhere"), "cannot be read")],
 )  # fmt: skip
@@ -189,7 +190,7 @@ def test_ctrl_c_ends_with_130_and_leaves_whole_pages_and_an_index(tmp_path: Path
 
 def test_options_of_one_deployment_do_not_mix_with_a_scenario(kvplan_cli: Cli, fleet_file: Path) -> None:
     done = kvplan_cli("report", str(fleet_file), "--tp", "4", "-o", "out")
-    assert done.code == 2 and "tp_size are both given" in done.err
+    assert done.code == 2 and "--tp are both given" in done.err
 
 
 def test_a_scenario_goes_into_a_folder_and_not_a_file(kvplan_cli: Cli, fleet_file: Path, tmp_path: Path) -> None:
