@@ -22,8 +22,7 @@ from .configs import Config, decode_configs, mla_config
 from .decode_attention.kernel import attend
 from .decode_attention.kernel4 import attend4
 from .decode_attention.plan import SCALE_CODES, join_stages, split_head_dim
-from .formats import FOUR_BIT_HEAD_DIMS, HEAD_DIMS, kv_format
-from .latent_cache import ROW_BYTES
+from .formats import FOUR_BIT_HEAD_DIMS, HEAD_DIMS, LATENT_ROW_BYTES, kv_format
 from .mla_decode import FORMAT_CODES
 from .mla_decode.kernel import attend_latent
 from .unpack import BITS, PTX
@@ -119,7 +118,7 @@ def compile_latent(arch: int, kv_dtype: str, num_heads: int, config: Config) -> 
         "HEAD_BLOCKS": 1,
         "HEADS": num_heads,
         "HP": num_heads,
-        "ROW": ROW_BYTES[kv_dtype] // 2,
+        "ROW": LATENT_ROW_BYTES[kv_dtype] // 2,
         "PAGE": 64,
         "BLOCK_N": config.block_n,
         "STAGES": config.num_stages,
@@ -178,7 +177,7 @@ def latent_facts(arch: int, kv_dtype: str, num_heads: int) -> dict:
     """The same of the latent kernel."""
     config = mla_config(arch, 16 if kv_dtype == "bf16" else 8, num_heads)
     kernel = compile_latent(arch, kv_dtype, num_heads, config)
-    code = _machine_code(kernel, config.num_warps, config.block_n * ROW_BYTES[kv_dtype])
+    code = _machine_code(kernel, config.num_warps, config.block_n * LATENT_ROW_BYTES[kv_dtype])
     return {"arch": arch, "kv_dtype": kv_dtype, "num_heads": num_heads, "config": asdict(config), **code}
 
 

@@ -49,6 +49,10 @@ FORMATS = {
 }
 
 
+LATENT_DIM, ROPE_DIM = 512, 64
+LATENT_ROW_BYTES = {"bf16": 1152, "fp8_e4m3": 576, "fp8_ds_mla": 656}
+"""Latent attention: numbers of a row that are values too, those that are not; bytes of a row by format."""
+LATENT_HEADS_A_PROGRAM = 32
 SCALE_BLOCK_DIMS = {"int4": 32, "nvfp4": 16}
 """Numbers of a row that share one scale in the 4-bit formats: FP16 for int4, e4m3 (times one FP32) for nvfp4."""
 FOUR_BIT_HEAD_DIMS = (64, 128, 256)
@@ -88,3 +92,13 @@ def check_cache_shape(
     ):
         if value not in known:
             raise ValueError(f"{what} {value!r} is not one of {', '.join(map(str, known))}")
+
+
+def latent_head_blocks(num_heads: int) -> int:
+    """Programs that `num_heads` query heads on one latent row are split among, evenly; ValueError where they cannot."""
+    blocks = -(-num_heads // LATENT_HEADS_A_PROGRAM)
+    if num_heads < 1 or num_heads % blocks:
+        raise ValueError(
+            f"{num_heads} query heads do not split evenly among programs of at most {LATENT_HEADS_A_PROGRAM}"
+        )
+    return blocks

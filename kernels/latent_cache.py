@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .formats import LATENT_DIM, LATENT_ROW_BYTES, ROPE_DIM
 from .paged_cache import block_table
 
-LATENT_DIM, ROPE_DIM, SCALE_BLOCK = 512, 64, 128
-ROW_BYTES = {"bf16": 1152, "fp8_e4m3": 576, "fp8_ds_mla": 656}
+SCALE_BLOCK = 128
 E4M3_MAX = 448.0
+SOFTMAX_SCALE = 192**-0.5
+"""DeepSeek-V2 and V3 scale logits by the head dim before absorption, 128 + 64."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class LatentCache:
 
     def read_bytes(self) -> int:
         """Bytes that one decode step has to read (int; synchronises)."""
-        return int(self.seq_lens.long().sum()) * ROW_BYTES[self.kv_dtype]
+        return int(self.seq_lens.long().sum()) * LATENT_ROW_BYTES[self.kv_dtype]
 
 
 def encode_rows(rows: torch.Tensor, kv_dtype: str, scale: torch.Tensor) -> torch.Tensor:
@@ -75,8 +77,8 @@ def random_latent_caches(
     spare: float | None = None,
 ) -> list[LatentCache]:
     """Caches with disjoint random pages, one block table. `spare` fills slots no token uses (fp8: NaN codes)."""
-    if kv_dtype not in ROW_BYTES:
-        raise ValueError(f"latent KV format {kv_dtype!r} is not one of {', '.join(ROW_BYTES)}")
+    if kv_dtype not in LATENT_ROW_BYTES:
+        raise ValueError(f"latent KV format {kv_dtype!r} is not one of {', '.join(LATENT_ROW_BYTES)}")
     generator = torch.Generator(device).manual_seed(seed)
     table = block_table(seq_lens, block_size_tokens, device, seed)
     lengths = torch.tensor(seq_lens, dtype=torch.int32, device=device)
@@ -84,14 +86,26 @@ def random_latent_caches(
     scale = torch.full((1,), 1 / 64 if kv_dtype == "fp8_e4m3" else 1.0, device=device)
     caches = []
     for _ in range(num_layers):
-        parts = []
-        for begin in range(0, pages, 1024):
-            count = min(1024, pages - begin) * block_size_tokens
-            rows = torch.randn(count, LATENT_DIM + ROPE_DIM, device=device, generator=generator)
-            parts.append(encode_rows(rows, kv_dtype, scale))
-        data = torch.cat(parts).view(pages, block_size_tokens, -1)
+        dtype = torch.bfloat16 if kv_dtype == "bf16" else torch.uint8
+        row = LATENT_ROW_BYTES[kv_dtype] // dtype.itemsize
+        data = torch.empty(pages, block_size_tokens, row, dtype=dtype, device=device)
+        for part in data.split(1024):
+            rows = torch.randn(part[..., 0].numel(), LATENT_DIM + ROPE_DIM, device=device, generator=generator)
+            part.copy_(encode_rows(rows, kv_dtype, scale).view(part.shape))
         caches.append(LatentCache(kv_dtype, block_size_tokens, data, scale, table, lengths))
     return caches if spare is None else [_with_spare(c, spare) for c in caches]
+
+
+def latent_cache_from_rows(rows: torch.Tensor, *, kv_dtype: str, block_size_tokens: int = 64) -> LatentCache:
+    """One sequence's rows `[tokens, 576]` (float), quantised, in a cache of its own; slots no token uses hold zeros."""
+    device, tokens = str(rows.device), torch.arange(len(rows), device=rows.device)
+    table = block_table([len(rows)], block_size_tokens, device)
+    scale = rows.abs().max().float().view(1) / E4M3_MAX if kv_dtype == "fp8_e4m3" else torch.ones(1, device=device)
+    stored = encode_rows(rows, kv_dtype, scale)
+    data = stored.new_zeros(table.shape[1], block_size_tokens, stored.shape[1])
+    data[table[0, tokens // block_size_tokens].long(), tokens % block_size_tokens] = stored
+    length = torch.tensor([len(rows)], dtype=torch.int32, device=device)
+    return LatentCache(kv_dtype, block_size_tokens, data, scale, table, length)
 
 
 def _with_spare(cache: LatentCache, spare: float) -> LatentCache:

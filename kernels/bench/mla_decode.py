@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from ..latent_cache import random_latent_caches
+from ..latent_cache import SOFTMAX_SCALE, random_latent_caches
 from ..mla_decode import MlaPlan
 from ..reference.decode_attention import relative_error
 from ..reference.mla_decode import mla_decode as reference
@@ -13,8 +13,6 @@ from .timing import time_calls
 
 GATE_LENGTHS = (3000, 17, 2049, 64, 1)
 TOLERANCE = 8e-3
-SOFTMAX_SCALE = 192**-0.5
-"""DeepSeek-V2 and V3 scale logits by the head dim before absorption, 128 + 64."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +60,7 @@ def measure(cell: MlaCell, *, layers: int = 2, device: str = "cuda", samples: in
     outs = [torch.empty(*q.shape[:2], 512, dtype=q.dtype, device=q.device) for _ in caches]
     calls = [lambda c=c, o=o: plan.run(q, c, o) for c, o in zip(caches, outs, strict=True)]
     read = caches[0].read_bytes()
+    facts = asdict(plan.facts) if plan.facts else {}
     timing = time_calls(calls * graph_repeats(read * layers, device), device=device, samples=samples)
     return {
         "kind": "mla_decode",
@@ -70,6 +69,5 @@ def measure(cell: MlaCell, *, layers: int = 2, device: str = "cuda", samples: in
         "num_chunks": plan.num_chunks,
         "layers": layers,
         **timing.record(read),
-        "registers": plan.facts.registers if plan.facts else None,
-        "spills": plan.facts.spills if plan.facts else None,
+        **{name: facts.get(name) for name in ("registers", "spills", "shared_bytes")},
     }

@@ -7,10 +7,10 @@ import torch
 from ..configs import Config, mla_config
 from ..decode_attention.plan import LEVELS
 from ..device import KernelFacts, architecture, interpreting, loaded_facts, resident_ctas, unpack_mode
-from ..latent_cache import LATENT_DIM, ROPE_DIM, LatentCache
+from ..formats import LATENT_DIM, ROPE_DIM, latent_head_blocks
+from ..latent_cache import LatentCache
 from .kernel import attend_latent
 
-HEADS_A_PROGRAM = 32
 FORMAT_CODES = {"bf16": 0, "fp8_e4m3": 1, "fp8_ds_mla": 2}
 
 
@@ -30,9 +30,7 @@ class MlaPlan:
         config: Config | None = None,
         num_chunks: int | None = None,
     ) -> None:
-        self.head_blocks = -(-num_heads // HEADS_A_PROGRAM)
-        if num_heads < 1 or num_heads % self.head_blocks:
-            raise ValueError(f"{num_heads} query heads do not split evenly among programs of at most {HEADS_A_PROGRAM}")
+        self.head_blocks = latent_head_blocks(num_heads)
         self.num_heads = num_heads
         self.batch = cache.block_table.shape[0]
         self.arch = architecture(cache.data.device)

@@ -2,7 +2,8 @@
 
 import torch
 
-from ..latent_cache import LATENT_DIM, LatentCache, decode_rows
+from ..formats import LATENT_DIM
+from ..latent_cache import LatentCache, decode_rows
 
 
 def mla_decode(

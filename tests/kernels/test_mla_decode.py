@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from kvplan.kernels.configs import Config
-from kvplan.kernels.latent_cache import ROW_BYTES, decode_rows, encode_rows, random_latent_caches
+from kvplan.kernels.formats import LATENT_ROW_BYTES
+from kvplan.kernels.latent_cache import decode_rows, encode_rows, latent_cache_from_rows, random_latent_caches
 from kvplan.kernels.mla_decode import MlaPlan
 from kvplan.kernels.reference.decode_attention import relative_error
 from kvplan.kernels.reference.mla_decode import mla_decode as reference
@@ -23,7 +24,7 @@ def check(kv_dtype, seq_lens, *, heads=16, page=64, num_chunks=3, block_n=32):
     assert relative_error(out, reference(q, cache, softmax_scale=192**-0.5)) <= TOLERANCE[kv_dtype]
 
 
-@pytest.mark.parametrize("kv_dtype", list(ROW_BYTES))
+@pytest.mark.parametrize("kv_dtype", list(LATENT_ROW_BYTES))
 @pytest.mark.parametrize("page", [1, 64])
 def test_every_format(kv_dtype, page):
     check(kv_dtype, [70, 1, 33], page=page)
@@ -58,3 +59,14 @@ def test_more_heads_than_split_evenly_are_refused():
     (cache,) = random_latent_caches([5], kv_dtype="bf16", device="cpu")
     with pytest.raises(ValueError, match="do not split evenly"):
         MlaPlan(cache, num_heads=65, softmax_scale=1.0)
+
+
+@pytest.mark.parametrize("kv_dtype", list(LATENT_ROW_BYTES))
+def test_rows_come_back_from_a_cache_as_their_format_keeps_them(kv_dtype):
+    rows = torch.randn(70, 576) * 3
+    cache = latent_cache_from_rows(rows, kv_dtype=kv_dtype, block_size_tokens=16)
+    assert cache.read_bytes() == 70 * LATENT_ROW_BYTES[kv_dtype]
+    tokens = torch.arange(70)
+    stored = cache.data[cache.block_table[0, tokens // 16].long(), tokens % 16].contiguous()
+    back = decode_rows(stored, kv_dtype, cache.scale, torch.float32)
+    assert (back - rows).norm() / rows.norm() < (0.004 if kv_dtype == "bf16" else 0.04)
