@@ -21,12 +21,14 @@ MAX_LINE_BYTES = 1_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One timing of one layer's decode attention.
+    """One timing of one layer's decode attention, plain or latent.
 
     Attributes:
         batch_size, context_tokens: sequences, and tokens of context of each.
         num_q_heads, num_kv_heads, head_dim: of one rank.
         window_tokens: sliding window, 0 for none.
+        latent_dim: of latent attention, the first of the ``head_dim`` numbers of a token, which are values too; 0 for
+            plain attention.
         kv_dtype: as ``kvplan dtypes`` names it; ``scale_granularity`` says what one scale covers.
         latency_s, p10_s, p90_s: median, 10th and 90th percentile of ``num_replays`` replays, of one call.
         read_bytes: K, V and per-token scales that one call has to read.
@@ -59,6 +61,7 @@ class Sample:
     kernel_facts: Mapping[str, Any]
     environment: Mapping[str, Any]
     time: str
+    latent_dim: int = 0
 
     @property
     def bytes_per_s(self) -> float:
@@ -87,18 +90,19 @@ _POSITIVE_INTS = (
     "batch_size", "context_tokens", "num_q_heads", "num_kv_heads", "head_dim", "num_replays", "read_bytes", "layers",
     "block_size_tokens",
 )  # fmt: skip
-_WHOLE = (*_POSITIVE_INTS, "window_tokens", "seed")
+_WHOLE = (*_POSITIVE_INTS, "window_tokens", "latent_dim", "seed")
 _SECONDS = ("latency_s", "p10_s", "p90_s")
 _TEXTS = ("kv_dtype", "scale_granularity", "layout", "time")
 
 
 def sample_from_record(record: Mapping[str, Any]) -> Sample:
-    """The sample in a parsed line; keys it does not know are left out.
+    """The sample in a parsed line; keys it does not know are left out, and plain attention need not say so.
 
     Raises:
         ValueError: a field is missing, of the wrong type, not positive or not finite; the message names it.
 
     """
+    record = {"latent_dim": 0, **record}
     known = {field.name for field in fields(Sample)}
     missing = known - set(record)
     if missing:

@@ -6,6 +6,8 @@
 ``samples``           measured points from CSV or JSONL, and which of them are refused
 ``attention_fit``     samples and priors in, a calibration out
 ``attention``         a calibration: predictions, intervals, slope ratios
+``other_kernels``     all-reduce, and what fits of other kernels have in common; ``matrix_kernels``: GEMM and experts
+``latent``            latent (MLA) decode attention: form, fit, predictions
 ``fields``            fields of JSON, checked as they are read
 ``schema``            the JSON form of a calibration
 ``store``             where calibrations lie: the user's folder first, then those that ship

@@ -20,7 +20,7 @@ from kvplan.calibration.attention_fit import (
 from kvplan.calibration.attention_model import INDEX, NAMES, PARAMETERS
 from kvplan.calibration.geometry import Geometry, Hardware
 from kvplan.calibration.samples import Points
-from kvplan.calibration.schema import HARDWARE_FIELDS, KIND, SCHEMA_VERSION
+from kvplan.calibration.schema import KIND, SCHEMA_VERSION, hardware_to_json
 from kvplan.files import write_text
 from kvplan.gpu import GpuSpec
 
@@ -66,7 +66,7 @@ def attention_document(
         "num_refused": len(points.refused),
         "refused": [{"line": item.line, "reason": item.reason} for item in points.refused[:MAX_REFUSED_LISTED]],
         "prior": found.prior.name,
-        "hardware": {key: _rounded(getattr(hw, field)) for field, (key, _, _) in HARDWARE_FIELDS.items()},
+        "hardware": hardware_to_json(hw),
         "other_kernel": {
             "shapes": [
                 {"head_dim": width, "windowed": windowed, "q_heads_per_kv_head": group}

@@ -1,12 +1,6 @@
-"""Other measured parts of a decode step: all-reduce and latent (MLA) decode attention, each with a small form.
+"""Other measured parts of a decode step than decode attention: what their fits have in common, and all-reduce.
 
-All-reduce of n bytes over g GPUs: ``t = launch_s + bytes / bandwidth`` (the α–β model; Hockney 1994). MLA decode of B
-sequences of N tokens with H query heads on one latent of 512 + 64 elements of e bytes::
-
-    t = launch_s + chain_s·log2(1 + N/256) + ((B·N'·576·e / bandwidth)² + (2·B·max(H, 64)·N'·1088 / FLOPs)²
-        + (sequence_s·B/SMs)²)^½,   N' = (N³ + page³)^⅓
-
-Tensor-core tiles hold 64 query rows, so fewer heads cost as much as 64.
+All-reduce of n bytes over g GPUs: ``t = launch_s + bytes / bandwidth`` (the α–β model; Hockney 1994).
 """
 
 from __future__ import annotations
@@ -26,24 +20,13 @@ from kvplan.calibration.attention_model import Parameter
 from kvplan.calibration.map_fit import Fit, fit
 from kvplan.calibration.schema import OTHER_SCHEMA_VERSION
 from kvplan.errors import InputError
-from kvplan.gpu import GpuSpec
 
 Array = NDArray[Any]
 BYTES_PER_ELEMENT = 2
-LATENT, ROPE = 512, 64
-TILE_ROWS = 64
 
 ALL_REDUCE = (
     Parameter("launch_s", 6e-6, 1.0, "s", "launch and synchronisation of an all-reduce"),
     Parameter("bandwidth_bytes_per_s", 2e11, 1.0, "B/s", "message bytes moved each second"),
-)
-MLA = (
-    Parameter("launch_s", 1e-5, 0.5, "s", "launch and everything that does not grow"),
-    Parameter("chain_s", 1e-6, 0.6, "s", "dependent steps, for each doubling of the context beyond 256"),
-    Parameter("bandwidth_fraction", 0.8, 0.1, "of peak", "latent streamed from memory"),
-    Parameter("flops_fraction", 0.4, 0.5, "of peak bf16", "matrix work"),
-    Parameter("page_tokens", 128.0, 0.6, "tokens", "tokens a short context reads anyway"),
-    Parameter("sequence_s", 4e-6, 0.8, "s", "fixed work for one sequence, per SM"),
 )
 
 
@@ -51,19 +34,6 @@ def all_reduce_s(theta: Array, message_bytes: Array) -> Array:
     """Seconds of an all-reduce; log parameters ``[..., 2]`` and ``n`` messages to ``[..., n]``."""
     p = np.exp(theta)[..., None]
     return np.asarray(p[..., 0, :] + message_bytes / p[..., 1, :])
-
-
-def mla_s(theta: Array, batch: Array, context: Array, heads: Array, element_bytes: Array, gpu: GpuSpec) -> Array:
-    """Seconds of one layer's MLA decode attention; log parameters ``[..., 6]`` and ``n`` cases to ``[..., n]``."""
-    p = np.exp(theta)[..., None]
-    launch, chain, bandwidth, flops, page, sequence = (p[..., j, :] for j in range(len(MLA)))
-    peak, sms = gpu.memory_bandwidth_bytes_per_s or 0.0, gpu.num_sms or 1
-    peak_flops = gpu.dense_flops_per_s.get("bf16") or 250 * peak
-    tokens = np.cbrt(context**3 + page**3)
-    stream = batch * tokens * (LATENT + ROPE) * element_bytes / (peak * bandwidth)
-    matrix = 2 * batch * np.maximum(heads, TILE_ROWS) * tokens * (2 * LATENT + ROPE) / (peak_flops * flops)
-    body = np.sqrt(stream**2 + matrix**2 + (sequence * batch / sms) ** 2)
-    return np.asarray(launch + chain * np.log2(1 + context / 256) + body)
 
 
 @dataclass(frozen=True)
@@ -93,21 +63,6 @@ def all_reduce_document(path: Path, about: Mapping[str, Any]) -> dict[str, Any]:
     return fitted_document(
         about, "all_reduce", ALL_REDUCE, cases, lambda theta, rows, _: all_reduce_s(theta, size[rows])
     )
-
-
-def mla_document(path: Path, about: Mapping[str, Any], gpu: GpuSpec) -> dict[str, Any]:
-    """The calibration of an MLA decode table: one entry a KV dtype."""
-    table = read_columns(path)
-    labels = table["kv_cache_dtype"]
-    batch, context, heads = (table[name].astype(float) for name in ("batch_size", "context_tokens", "num_heads"))
-    width = np.where(np.char.startswith(labels.astype(str), "fp8"), 1.0, 2.0)
-
-    def model(theta: Array, rows: Array, _: str) -> Array:
-        return mla_s(theta, batch[rows], context[rows], heads[rows], width[rows], gpu)
-
-    ranges = {"batch_size": batch, "context_tokens": context, "num_heads": heads}
-    cases = Table(table["latency_s"].astype(float), labels, ranges, shape=batch * 1e9 + heads)
-    return fitted_document(about, "mla_decode", MLA, cases, model)
 
 
 def fitted_document(

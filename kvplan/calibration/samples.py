@@ -241,6 +241,8 @@ def _point(row: Row, need_latency: bool) -> tuple[list[float], str]:
     if row.problem is not None:
         raise InputError(row.problem)
     v = row.values
+    if v.get("latent_dim") not in (None, "", 0, "0"):
+        raise InputError("latent attention, which `kvplan measure` calibrates itself")
     shape = {name: _whole(v, name, 1, high) for name, high in INTEGER_COLUMNS.items()}
     if shape["num_q_heads"] < shape["num_kv_heads"]:
         raise InputError("fewer query heads than KV heads")

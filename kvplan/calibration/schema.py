@@ -43,19 +43,15 @@ def attention_from_json(data: Mapping[str, Any], where: str, origin: str = SHIPP
     """
     check = Checker(where)
     check.finite(data, "")
+    if data.get("kind") != KIND:
+        raise ProfileError(f"{where}: kind must be {KIND!r}, not {shorten(data.get('kind'))}")
     version = data.get("schema_version")
     if version != SCHEMA_VERSION or isinstance(version, bool):
         raise ProfileError(
             f"{where}: schema_version must be {SCHEMA_VERSION}, not {shorten(version)}",
             hint="write the calibration again with `kvplan calibrate`",
         )
-    if data.get("kind") != KIND:
-        raise ProfileError(f"{where}: kind must be {KIND!r}, not {shorten(data.get('kind'))}")
-    figures = check.table(data, "hardware")
-    hardware = Hardware(**{
-        field: check.number(figures, key, f"hardware.{key}", low, high)
-        for field, (key, low, high) in HARDWARE_FIELDS.items()
-    })  # type: ignore[arg-type]  # fmt: skip
+    hardware = hardware_from_json(check, data)
     fitted = check.table(data, "kv_dtypes")
     if not fitted:
         raise ProfileError(f"{where}: kv_dtypes is empty")
@@ -77,6 +73,25 @@ def attention_from_json(data: Mapping[str, Any], where: str, origin: str = SHIPP
         name, check.text(data, "gpu"), engine or "", version, hardware, dtypes,
         dispatch, ranges, source, origin, date,
     )  # fmt: skip
+
+
+def hardware_from_json(check: Checker, data: Mapping[str, Any]) -> Hardware:
+    """The figures of the GPU in a calibration's JSON form.
+
+    Raises:
+        ProfileError: one is missing or absurd; the message names it.
+
+    """
+    figures = check.table(data, "hardware")
+    return Hardware(**{
+        field: check.number(figures, key, f"hardware.{key}", low, high)
+        for field, (key, low, high) in HARDWARE_FIELDS.items()
+    })  # type: ignore[arg-type]  # fmt: skip
+
+
+def hardware_to_json(hw: Hardware) -> dict[str, float]:
+    """The same figures as JSON, six digits of each."""
+    return {key: float(f"{getattr(hw, field):.6g}") for field, (key, _, _) in HARDWARE_FIELDS.items()}
 
 
 def check_other(data: Mapping[str, Any], where: str) -> None:

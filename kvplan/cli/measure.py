@@ -29,7 +29,7 @@ Formats = Annotated[
     typer.Option(
         "--kv-cache-dtype",
         help="bf16, fp16, fp8, fp8_e5m2, fp8_per_token_head, int8_per_token_head, fp8:head … "
-        "[default: bf16,fp8,fp8_per_token_head]",
+        "[default: bf16,fp8,fp8_per_token_head; of latent attention bf16,fp8,fp8_ds_mla]",
         autocompletion=complete.kv_dtypes,
         rich_help_panel=options.MODEL,
     ),
@@ -138,7 +138,7 @@ def measure_command(
     """Measure this machine's GPU with kvplan's decode kernels, and hold predictions against it.
 
     Examples: kvplan measure · kvplan measure --model 70b --tp 8 --thorough ·
-    kvplan measure --device cpu --ctx 512,1k,2k --json
+    kvplan measure --model deepseek-v3 --tp 8 · kvplan measure --device cpu --ctx 512,1k,2k --json
     """
     started_s = time.monotonic()
     if not 0 < tolerance < 1e6:

@@ -16,7 +16,7 @@ from kvplan.latency.planner import plan_points
 from kvplan.latency.request import Point
 from kvplan.latency.served import Served
 from kvplan.model_config import resolve_model
-from kvplan.model_config.types import AttentionCache
+from kvplan.model_config.types import AttentionCache, LatentCache
 from kvplan.samples import Sample, read_samples
 
 
@@ -101,10 +101,15 @@ def _shape(sample: Sample) -> tuple[int, int, int]:
 
 
 def rank_shape(served: Served) -> tuple[int, int, int] | None:
-    """Query heads, KV heads and head width of one rank; None unless every layer is the same full attention."""
+    """Query heads, KV heads and head width of one rank; None unless every layer is the same full attention.
+
+    Latent attention is one KV head as wide as its row.
+    """
     model, tp = served.model, served.deployment.attention_tp_size
     caches = {cache for layer in model.layers for cache in layer.caches}
     cache = next(iter(caches)) if len(caches) == 1 else None
+    if isinstance(cache, LatentCache) and cache.top_k_tokens is None:
+        return max(1, cache.num_q_heads // tp), 1, cache.latent_dim + cache.rope_dim
     if not isinstance(cache, AttentionCache) or cache.window_tokens is not None or cache.head_dim != cache.head_dim_v:
         return None
     return max(1, cache.num_q_heads // tp), max(1, cache.num_kv_heads // tp), cache.head_dim
@@ -159,7 +164,7 @@ def _kernels(run: Run, served: dict[str, Served], any_served: Served, notes: lis
     shape = rank_shape(any_served)
     mine = [sample for sample in run.samples if _shape(sample) == shape and not sample.window_tokens]
     if len(mine) < len(run.samples):
-        heads = "of other heads than one rank's" if shape else "of plain attention, which this model is not all of"
+        heads = "of other heads than one rank's" if shape else "of full attention, which this model is not all of"
         notes.append(f"{len(run.samples) - len(mine)} kernel samples left out: {heads}")
     found = []
     ranks = any_served.deployment.attention_dp_size * any_served.deployment.num_replicas

@@ -1,7 +1,8 @@
 """Measuring the GPU at hand with kvplan's own decode kernels, and holding predictions against it.
 
 ``options``       what the caller said, and the request it makes on a device
-``plan``          which cells to time: shapes, formats, batches, contexts, cut to memory
+``family``        what the kernels run: attention shapes of a rank, plain or latent, and KV formats
+``plan``          which cells to time: families, batches, contexts, cut to memory
 ``backend``       what a device has to offer; ``cuda`` and ``cpu`` are the two there are
 ``run_folder``    the records of a run, written as they are taken
 ``run``           from options to the report

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvplan.measure.backend import Gate, RooflinePoint
-from kvplan.measure.plan import Cell, Family, Shape, Skipped
+from kvplan.measure.family import Family, Shape
+from kvplan.measure.plan import Cell, Skipped
 from kvplan.samples import Sample
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ def robust_line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def cell_rows(
-    samples: Sequence[Sample], roofline_bytes_per_s: float, predict: Callable[[Cell], float] | None
+    samples: Sequence[Sample], roofline_bytes_per_s: float, predict: Callable[[Cell], float | None] | None
 ) -> list[CellRow]:
     """One row a sample, in the order of shape, format, batch and context."""
     rows = []
@@ -225,7 +226,7 @@ def peer_rows(records: Iterable[dict[str, Any]], samples: Sequence[Sample]) -> l
     ours = {(s.kv_dtype, shape_of(s), s.batch_size, s.context_tokens): s.latency_s for s in samples}
     rows = []
     for r in records:
-        shape = Shape(r["num_q_heads"], r["num_kv_heads"], r["head_dim"])
+        shape = Shape(r["num_q_heads"], r["num_kv_heads"], r["head_dim"], latent_dim=r.get("latent_dim"))
         kv_dtype = r.get("kv_dtype", BASE)
         base = ours.get((kv_dtype, shape, r["batch_size"], r["context_tokens"]))
         rows.append(
@@ -237,7 +238,8 @@ def peer_rows(records: Iterable[dict[str, Any]], samples: Sequence[Sample]) -> l
 
 def shape_of(sample: Sample) -> Shape:
     """The attention shape a sample was taken of."""
-    return Shape(sample.num_q_heads, sample.num_kv_heads, sample.head_dim, sample.window_tokens or None)
+    return Shape(sample.num_q_heads, sample.num_kv_heads, sample.head_dim, sample.window_tokens or None,
+                 sample.latent_dim or None)  # fmt: skip
 
 
 def cell_of(sample: Sample) -> Cell:

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kvplan.errors import InputError, MissingDependencyError, shorten
-from kvplan.measure.plan import Cell, Family
+from kvplan.measure.family import Family
+from kvplan.measure.plan import Cell
 
 if TYPE_CHECKING:
     from kvplan.measure.step_plan import StepModel

@@ -12,13 +12,16 @@ import torch
 from kvplan import __version__
 from kvplan.errors import shorten
 from kvplan.kernels.bench.timing import time_calls
+from kvplan.kernels.latent_cache import SOFTMAX_SCALE, LatentCache, random_latent_caches
 from kvplan.kernels.paged_cache import PagedKvCache, random_caches
 from kvplan.kernels.reference.append_kv import append_kv
 from kvplan.kernels.reference.decode_attention import decode_attention, relative_error
-from kvplan.measure.accuracy import format_error
+from kvplan.kernels.reference.mla_decode import mla_decode
+from kvplan.measure.accuracy import Cache, format_error
 from kvplan.measure.backend import CellOutOfMemory, Defaults, Environment, Gate, RooflinePoint, Timed, finite
 from kvplan.measure.dense_step import Attend, DenseStep
-from kvplan.measure.plan import Cell, Family
+from kvplan.measure.family import Family
+from kvplan.measure.plan import Cell
 from kvplan.measure.step_plan import StepModel
 
 GATE_LENGTHS = (300, 17, 64, 1)
@@ -73,9 +76,7 @@ class CpuBackend:
 
     def estimate_s(self, cell: Cell, replays: int) -> float:
         """A guess from the number of elements."""
-        elements = (
-            2 * cell.batch_size * cell.context_tokens * cell.family.shape.num_kv_heads * cell.family.shape.head_dim
-        )
+        elements = cell.batch_size * cell.context_tokens * cell.family.shape.numbers_per_token
         return 0.01 + cell.layers * elements / ELEMENTS_PER_S * (min(replays, 5) + 3)
 
     def read_roofline(self) -> list[RooflinePoint]:
@@ -88,11 +89,11 @@ class CpuBackend:
 
     def gate(self, family: Family, seed: int) -> Gate:
         """Float32 against float64 on the same codes."""
-        cache = self._caches(family, list(GATE_LENGTHS), 1, seed)[0]
+        cache = _caches(family, list(GATE_LENGTHS), 1, seed)[0]
         q = _queries(family, len(GATE_LENGTHS), seed)
         window = family.shape.window_tokens
         out = self.attend(q, cache, window)
-        error = relative_error(out, decode_attention(q, cache, window_tokens=window))
+        error = relative_error(out, _reference(q, cache, window, torch.float64))
         lost = format_error(family, self.attend, device="cpu", tokens=ACCURACY_TOKENS, q_dtype=torch.float32, seed=seed)
         return Gate(family.kv_dtype, family.scale_granularity, family.shape.describe(), finite(error), TOLERANCE,
                     finite(lost))  # fmt: skip
@@ -101,15 +102,15 @@ class CpuBackend:
         """Rounds over the layers, one call each; there is nothing to tune."""
         window = cell.family.shape.window_tokens
         try:
-            caches = self._caches(cell.family, [cell.context_tokens] * cell.batch_size, cell.layers, seed)
+            caches = _caches(cell.family, [cell.context_tokens] * cell.batch_size, cell.layers, seed)
             q = _queries(cell.family, cell.batch_size, seed)
             calls = [lambda cache=cache: self.attend(q, cache, window) for cache in caches]
             timing = time_calls(calls, device="cpu", samples=replays)
         except (MemoryError, RuntimeError) as error:
             raise _out_of_memory(error) from error
         return Timed(
-            timing.median_s, timing.p10_s, timing.p90_s, timing.samples, caches[0].read_bytes(window), None,
-            caches[0].layout, BLOCK_SIZE_TOKENS, {"name": "torch reference, float32"},
+            timing.median_s, timing.p10_s, timing.p90_s, timing.samples, cell.read_bytes, None,
+            cell.family.shape.layout, BLOCK_SIZE_TOKENS, {"name": "torch reference, float32"},
         )  # fmt: skip
 
     def peer_missing(self, name: str) -> str | None:
@@ -132,17 +133,9 @@ class CpuBackend:
         """The model in float32, attention and append as their references."""
         return _CpuStep(self, model, seed)
 
-    def attend(self, q: torch.Tensor, cache: PagedKvCache, window_tokens: int | None) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, cache: Cache, window_tokens: int | None) -> torch.Tensor:
         """What is timed."""
-        return decode_attention(q, cache, window_tokens=window_tokens, dtype=torch.float32)
-
-    def _caches(self, family: Family, seq_lens: list[int], layers: int, seed: int) -> list[PagedKvCache]:
-        caches: list[PagedKvCache] = random_caches(
-            seq_lens, kv_dtype=family.element, scale_granularity=family.scale_granularity, device="cpu",
-            block_size_tokens=BLOCK_SIZE_TOKENS, num_kv_heads=family.shape.num_kv_heads,
-            head_dim=family.shape.head_dim, num_layers=layers, seed=seed,
-        )  # fmt: skip
-        return caches
+        return _reference(q, cache, window_tokens, torch.float32)
 
 
 class _CpuStep:
@@ -167,6 +160,25 @@ class _CpuStep:
             )
         except (MemoryError, RuntimeError) as error:
             raise _out_of_memory(error) from error
+
+
+def _caches(family: Family, seq_lens: list[int], layers: int, seed: int) -> list[Cache]:
+    if family.shape.latent_dim:
+        return list(random_latent_caches(
+            seq_lens, kv_dtype=family.element, block_size_tokens=BLOCK_SIZE_TOKENS, num_layers=layers, device="cpu",
+            seed=seed,
+        ))  # fmt: skip
+    return list(random_caches(
+        seq_lens, kv_dtype=family.element, scale_granularity=family.scale_granularity, device="cpu",
+        block_size_tokens=BLOCK_SIZE_TOKENS, num_kv_heads=family.shape.num_kv_heads, head_dim=family.shape.head_dim,
+        num_layers=layers, seed=seed,
+    ))  # fmt: skip
+
+
+def _reference(q: torch.Tensor, cache: Cache, window_tokens: int | None, dtype: torch.dtype) -> torch.Tensor:
+    if isinstance(cache, LatentCache):
+        return mla_decode(q, cache, softmax_scale=SOFTMAX_SCALE, dtype=dtype)
+    return decode_attention(q, cache, window_tokens=window_tokens, dtype=dtype)
 
 
 def _queries(family: Family, batch: int, seed: int) -> torch.Tensor:

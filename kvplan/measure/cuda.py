@@ -18,14 +18,18 @@ from kvplan import __version__
 from kvplan.errors import shorten
 from kvplan.gpu import profile_of_device
 from kvplan.kernels.append_kv import append_kv
-from kvplan.kernels.bench import decode_attention as bench
+from kvplan.kernels.bench import decode_attention as plain
+from kvplan.kernels.bench import mla_decode as latent
 from kvplan.kernels.bench import peers, read_roofline
 from kvplan.kernels.bench.choose import MEASURED_TOKENS, choose
-from kvplan.kernels.bench.decode_attention import DecodeCell
+from kvplan.kernels.bench.decode_attention import DecodeCell, graph_repeats
+from kvplan.kernels.bench.mla_decode import MlaCell
 from kvplan.kernels.bench.timing import time_calls
 from kvplan.kernels.decode_attention import DecodePlan
+from kvplan.kernels.latent_cache import SOFTMAX_SCALE, LatentCache
+from kvplan.kernels.mla_decode import MlaPlan
 from kvplan.kernels.paged_cache import PagedKvCache
-from kvplan.measure.accuracy import format_error
+from kvplan.measure.accuracy import Cache, format_error
 from kvplan.measure.backend import (
     CellOutOfMemory,
     Defaults,
@@ -37,12 +41,12 @@ from kvplan.measure.backend import (
     finite,
 )
 from kvplan.measure.dense_step import Attend, DenseStep
-from kvplan.measure.plan import MAX_LAYERS, Cell, Family, kernel_names
+from kvplan.measure.family import Family
+from kvplan.measure.plan import MAX_LAYERS, Cell
 from kvplan.measure.step_plan import StepModel
 
 DEVICE = "cuda"
 BLOCK_SIZE_TOKENS = 64
-LAYOUT = "HND"
 ACCURACY_TOKENS = 4096
 FILL_BYTES_PER_S = 1e11
 TYPICAL_READ_BYTES_PER_S = 1e12
@@ -94,7 +98,7 @@ class CudaBackend:
     def estimate_s(self, cell: Cell, replays: int) -> float:
         """Filling the caches, then warm-up and replays."""
         total = cell.layers * cell.layer_bytes
-        replayed = total * int(bench.graph_repeats(total, DEVICE))
+        replayed = total * int(graph_repeats(total, DEVICE))
         return 0.1 + total / FILL_BYTES_PER_S + (replays + 10) * replayed / TYPICAL_READ_BYTES_PER_S
 
     def read_roofline(self) -> list[RooflinePoint]:
@@ -108,7 +112,8 @@ class CudaBackend:
     def gate(self, family: Family, seed: int) -> Gate:
         """The family's kernel on awkward lengths against float64 on the same codes."""
         with _guarded():
-            record = bench.gate(_decode_cell(family, (1,)), device=DEVICE, seed=seed)
+            bench = latent if family.shape.latent_dim else plain
+            record = bench.gate(_bench_cell(family, (1,)), device=DEVICE, seed=seed)
             q_dtype = torch.float16 if family.element == "fp16" else torch.bfloat16
             lost = format_error(family, _attend, device=DEVICE, tokens=ACCURACY_TOKENS, q_dtype=q_dtype, seed=seed)
         return Gate(family.kv_dtype, family.scale_granularity, family.shape.describe(),
@@ -116,14 +121,17 @@ class CudaBackend:
 
     def time(self, cell: Cell, *, replays: int, seed: int, tune: bool) -> Timed:
         """One CUDA graph over the cell's layers; split and combine counted together."""
-        decode = _decode_cell(cell.family, (cell.context_tokens,) * cell.batch_size)
+        decode = _bench_cell(cell.family, (cell.context_tokens,) * cell.batch_size)
+        bench = latent if isinstance(decode, MlaCell) else plain
+        has_choice = tune and isinstance(decode, DecodeCell)
         with _guarded():
-            if tune and self.free_bytes() > 4 * MEASURED_TOKENS * cell.family.bytes_per_token:
+            if has_choice and self.free_bytes() > 4 * MEASURED_TOKENS * cell.family.bytes_per_token:
                 decode = replace(decode, config=choose(decode, device=DEVICE))
             r = bench.measure(decode, layers=cell.layers, device=DEVICE, samples=replays, seed=seed)
         names = ("config", "num_chunks", "registers", "spills", "shared_bytes")
         return Timed(float(r["time_s"]), float(r["p10_s"]), float(r["p90_s"]), int(r["samples"]), int(r["read_bytes"]),
-                     r["sm_clock_hz"], LAYOUT, BLOCK_SIZE_TOKENS, {name: r[name] for name in names})  # fmt: skip
+                     r["sm_clock_hz"], cell.family.shape.layout, BLOCK_SIZE_TOKENS,
+                     {name: r[name] for name in names})  # fmt: skip
 
     def open_step(self, model: StepModel, seed: int) -> _CudaStep:
         """The model in bf16."""
@@ -136,17 +144,17 @@ class CudaBackend:
     def time_peer(self, name: str, cell: Cell, *, replays: int, seed: int) -> Timed:
         """Torch's attention in bf16 on a dense cache; another's on the blocks that ours reads."""
         if name != "torch":
-            decode = _decode_cell(cell.family, (cell.context_tokens,) * cell.batch_size)
+            decode = _bench_cell(cell.family, (cell.context_tokens,) * cell.batch_size)
             with _guarded():
                 r = peers.measure(name, decode, layers=cell.layers, device=DEVICE, samples=replays, seed=seed)
             return Timed(float(r["time_s"]), float(r["p10_s"]), float(r["p90_s"]), int(r["samples"]),
-                         int(r["read_bytes"]), r["sm_clock_hz"], LAYOUT, BLOCK_SIZE_TOKENS,
+                         int(r["read_bytes"]), r["sm_clock_hz"], cell.family.shape.layout, BLOCK_SIZE_TOKENS,
                          {"version": r["version"], "error": finite(float(r["error"]))})  # fmt: skip
         from kvplan.measure.torch_peer import dense_calls
 
         with _guarded():
             calls, read = dense_calls(cell, device=DEVICE, dtype=torch.bfloat16, seed=seed)
-            calls = calls * bench.graph_repeats(read * cell.layers, DEVICE)
+            calls = calls * graph_repeats(read * cell.layers, DEVICE)
             timing = time_calls(calls, device=DEVICE, samples=replays)
         return Timed(timing.median_s, timing.p10_s, timing.p90_s, timing.samples, read, timing.sm_clock_hz,
                      "dense", cell.context_tokens, {"dtype": "bfloat16"})  # fmt: skip
@@ -174,18 +182,24 @@ def _planned(cache: PagedKvCache, num_q_heads: int, dtype: torch.dtype) -> Atten
     return lambda q, cache: plan.run(q, cache)
 
 
-def _decode_cell(family: Family, seq_lens: tuple[int, ...]) -> DecodeCell:
-    element, granularity = kernel_names(family.kv_dtype)
+def _bench_cell(family: Family, seq_lens: tuple[int, ...]) -> DecodeCell | MlaCell:
+    """The family at these lengths, as the benchmark of its kernel takes it."""
     shape = family.shape
+    if shape.latent_dim:
+        return MlaCell(seq_lens, family.element, num_heads=shape.num_q_heads, block_size_tokens=BLOCK_SIZE_TOKENS)
     return DecodeCell(
-        seq_lens, element, granularity, layout=LAYOUT, block_size_tokens=BLOCK_SIZE_TOKENS,
+        seq_lens, family.element, family.scale_granularity, layout=shape.layout, block_size_tokens=BLOCK_SIZE_TOKENS,
         num_kv_heads=shape.num_kv_heads, group_size=shape.group_size, head_dim=shape.head_dim,
         window_tokens=shape.window_tokens,
     )  # fmt: skip
 
 
-def _attend(q: torch.Tensor, cache: PagedKvCache, window_tokens: int | None) -> torch.Tensor:
-    plan = DecodePlan(cache, num_q_heads=q.shape[1], q_dtype=q.dtype, window_tokens=window_tokens)
+def _attend(q: torch.Tensor, cache: Cache, window_tokens: int | None) -> torch.Tensor:
+    plan: DecodePlan | MlaPlan
+    if isinstance(cache, LatentCache):
+        plan = MlaPlan(cache, num_heads=q.shape[1], softmax_scale=SOFTMAX_SCALE)
+    else:
+        plan = DecodePlan(cache, num_q_heads=q.shape[1], q_dtype=q.dtype, window_tokens=window_tokens)
     out: torch.Tensor = plan.run(q, cache)
     return out
 

@@ -16,7 +16,7 @@ from torch.nn.functional import linear, rms_norm, silu
 from kvplan.kernels.bench.timing import time_calls
 from kvplan.kernels.paged_cache import PagedKvCache, random_caches
 from kvplan.measure.backend import Timed
-from kvplan.measure.plan import Family
+from kvplan.measure.family import Family
 from kvplan.measure.step_plan import StepModel
 
 ROPE_THETA = 500000.0

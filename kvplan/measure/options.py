@@ -7,10 +7,12 @@ from pathlib import Path
 
 from kvplan.errors import InputError, UnsupportedError, shorten
 from kvplan.measure.backend import Backend, Environment
-from kvplan.measure.plan import WEIGHT_BYTES, MeasureRequest, Shape, checked_shape, model_shapes, parse_kv_dtypes
+from kvplan.measure.family import Shape, checked_shape, model_shapes, parse_kv_dtypes
+from kvplan.measure.plan import WEIGHT_BYTES, MeasureRequest
 from kvplan.measure.step_plan import step_model
 
 DEFAULT_KV_DTYPES = ("bf16", "fp8", "fp8_per_token_head")
+LATENT_KV_DTYPES = ("bf16", "fp8", "fp8_ds_mla")
 PEERS = {"torch": "torch SDPA", "flashinfer": "FlashInfer XQA", "vllm": "vLLM FlashAttention-3"}
 """What ``--compare`` can put beside ours, and how it is called in reports."""
 FIRST_FP8_ARCHITECTURE = 89
@@ -71,8 +73,10 @@ def resolve_request(options: Options, backend: Backend) -> MeasureRequest:
             raise InputError("--whole-step runs a whole model on one GPU", hint="add --model 8b, and leave out --tp")
         shapes = (step_model(options.model).shape,)
     steps = (options.context_tokens or defaults.step_contexts) if options.whole_step else ()
+    latent = shapes[0].latent_dim is not None
+    kv_dtypes = options.kv_dtypes or (LATENT_KV_DTYPES if latent else DEFAULT_KV_DTYPES)
     request = MeasureRequest(
-        shapes, parse_kv_dtypes(options.kv_dtypes or DEFAULT_KV_DTYPES), options.batch_sizes or defaults.batch_sizes,
+        shapes, parse_kv_dtypes(kv_dtypes, latent), options.batch_sizes or defaults.batch_sizes,
         options.context_tokens or contexts, options.effort, "cpu" if backend.environment.kind == "cpu" else "cuda",
         options.compare, options.seed, options.model, options.tp_size if options.model else None, steps, weight_dtype,
     )  # fmt: skip

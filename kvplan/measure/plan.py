@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from kvplan.dtypes import canonical_kv_dtype, kv_format
-from kvplan.errors import InputError, UnsupportedError, shorten
-from kvplan.kernels.formats import FORMATS, HEAD_DIMS, check_cache_shape, row_bytes
-from kvplan.kernels.formats import kv_format as kernel_format
-from kvplan.model_config import AttentionCache, resolve_model
+from kvplan.errors import InputError
+from kvplan.measure.family import Family, Shape
 from kvplan.units import format_bytes
 
-MAX_GROUP = 16
 MAX_CELLS = 2000
 MAX_LAYERS = 64
 L2_REUSE = 4
@@ -22,78 +18,8 @@ BUILD_FACTOR = 1.2
 """Memory that a cell needs while it is filled, over the caches themselves."""
 MEMORY_SHARE = 0.9
 
-KERNEL_FORMATS = {
-    "bfloat16": ("bf16", "none"), "float16": ("fp16", "none"),
-    "fp8": ("fp8_e4m3", "tensor"), "fp8_e4m3": ("fp8_e4m3", "tensor"), "fp8_e5m2": ("fp8_e5m2", "tensor"),
-    "fp8_per_token_head": ("fp8_e4m3", "token_head"), "int8_per_token_head": ("int8", "token_head"),
-    "nvfp4": ("nvfp4", "block"), "int4:block32:fp16": ("int4", "block"),
-}  # fmt: skip
-"""KV dtype by its name in ``kvplan dtypes`` → (element, scale granularity) as the kernels name them."""
-
 WEIGHT_BYTES = {"bf16": 2, "fp8": 1}
 """Bytes of a weight of a layer, by ``--weight-dtype``; the LM head stays in bf16, as FP8 checkpoints have it."""
-
-GENERIC_ELEMENTS = {"bf16": "bf16", "fp16": "fp16", "fp8": "fp8_e4m3", "int8": "int8"}
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """Attention heads of one rank, and the sliding window (None: full attention)."""
-
-    num_q_heads: int
-    num_kv_heads: int
-    head_dim: int
-    window_tokens: int | None = None
-
-    @property
-    def group_size(self) -> int:
-        """Query heads a KV head."""
-        return self.num_q_heads // self.num_kv_heads
-
-    def describe(self) -> str:
-        """``64 query heads, 8 KV heads of 128``."""
-        window = f", window {self.window_tokens:,}" if self.window_tokens else ""
-        return f"{self.num_q_heads} query heads, {self.num_kv_heads} KV heads of {self.head_dim}{window}"
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """Cells that run the same compiled kernel: a shape and a format."""
-
-    shape: Shape
-    kv_dtype: str
-
-    @property
-    def element(self) -> str:
-        """The element format as the kernels name it."""
-        return kernel_names(self.kv_dtype)[0]
-
-    @property
-    def scale_granularity(self) -> str:
-        """What one scale covers."""
-        return kernel_names(self.kv_dtype)[1]
-
-    def check(self) -> None:
-        """Whether the kernels read this format at this head_dim.
-
-        Raises:
-            UnsupportedError: they do not; the message says what they read.
-
-        """
-        try:
-            check_cache_shape(kernel_format(self.element), self.scale_granularity, "HND", 64, self.shape.head_dim)
-        except ValueError as error:
-            raise UnsupportedError(f"{self.kv_dtype}: {error}") from error
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes of K, V and per-token scales that a step reads for one token of context of one layer."""
-        row, scale = row_bytes(kernel_format(self.element), self.shape.head_dim, self.scale_granularity)
-        return int(2 * self.shape.num_kv_heads * (row + scale))
-
-    def describe(self) -> str:
-        """``fp8 (64 query heads, 8 KV heads of 128)``."""
-        return f"{self.kv_dtype} ({self.shape.describe()})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +35,12 @@ class Cell:
     def layer_bytes(self) -> int:
         """Bytes of one layer's cache."""
         return self.batch_size * self.context_tokens * self.family.bytes_per_token
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that one call has to read of it: no more than the window's."""
+        tokens = min(self.context_tokens, self.family.shape.window_tokens or self.context_tokens)
+        return self.batch_size * tokens * self.family.bytes_per_token
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -148,6 +80,11 @@ class MeasureRequest:
     step_weight_dtype: str = "bf16"
 
     @property
+    def is_latent(self) -> bool:
+        """Whether its shapes are latent attention; a request has one kind."""
+        return any(shape.latent_dim is not None for shape in self.shapes)
+
+    @property
     def families(self) -> tuple[Family, ...]:
         """Shape × format, in order."""
         return tuple(Family(shape, dtype) for shape in self.shapes for dtype in self.kv_dtypes)
@@ -175,100 +112,6 @@ def request_from_dict(data: dict[str, Any], where: str) -> MeasureRequest:
         return request
     except (KeyError, TypeError) as error:
         raise InputError(f"{where}: not the request of a run", hint="start a new run without --resume") from error
-
-
-def kernel_names(kv_dtype: str) -> tuple[str, str]:
-    """(element, scale granularity) of a KV dtype, as the kernels name them.
-
-    Raises:
-        UnsupportedError: the bundled kernels do not read that format.
-
-    """
-    name = canonical_kv_dtype(kv_dtype)
-    if name in KERNEL_FORMATS:
-        return KERNEL_FORMATS[name]
-    element, _, rest = name.partition(":")
-    granularity, _, scale_dtype = rest.partition(":")
-    known = GENERIC_ELEMENTS.get(element)
-    if known is not None and scale_dtype in ("", "fp32") and granularity in FORMATS[known].scale_granularities:
-        return known, granularity
-    raise UnsupportedError(
-        f"KV dtype {shorten(kv_dtype)!r}: the bundled kernels do not read it",
-        hint=f"they read {', '.join(KERNEL_FORMATS)}, and fp8 or int8 with scales of a tensor, head or token_head "
-        "(fp8:head)",
-    )
-
-
-def element_bits(element: str) -> int:
-    """Bits of one element, by its name among the kernels."""
-    return int(kernel_format(element).element_bits)
-
-
-def parse_kv_dtypes(names: Iterable[str]) -> tuple[str, ...]:
-    """Canonical KV dtypes, each once, in order.
-
-    Raises:
-        UnknownNameError, UnsupportedError: no such format, or one that the kernels do not read.
-
-    """
-    found: dict[str, None] = {}
-    for name in names:
-        if name.strip().lower() == "auto":
-            name = "bf16"
-        kernel_names(name)
-        found[kv_format(name).name] = None
-    return tuple(found)
-
-
-def checked_shape(shape: Shape) -> Shape:
-    """``shape``, if the kernels take it.
-
-    Raises:
-        UnsupportedError: a head_dim or a group size that they do not read.
-        InputError: query heads that KV heads do not divide.
-
-    """
-    if min(shape.num_q_heads, shape.num_kv_heads) < 1 or shape.num_q_heads % shape.num_kv_heads:
-        raise InputError(
-            f"{shape.num_q_heads} query heads cannot share {shape.num_kv_heads} KV heads evenly",
-            hint="--num-q-heads must be a multiple of --num-kv-heads",
-        )
-    if shape.head_dim not in HEAD_DIMS:
-        known = ", ".join(map(str, HEAD_DIMS))
-        raise UnsupportedError(f"head_dim {shape.head_dim}: the bundled kernels read {known}")
-    if shape.group_size > MAX_GROUP:
-        raise UnsupportedError(
-            f"{shape.group_size} query heads a KV head: the bundled kernels read groups of 1 to {MAX_GROUP}"
-        )
-    return shape
-
-
-def model_shapes(model: str, tp_size: int) -> tuple[Shape, ...]:
-    """The distinct attention shapes of one rank of ``model`` under tensor parallelism, most layers first.
-
-    Raises:
-        InputError: TP does not divide the query heads.
-        UnsupportedError: no layer of it is plain attention, or of a shape that the kernels read.
-
-    """
-    config = resolve_model(model)
-    counts: dict[Shape, int] = {}
-    for layer in config.layers:
-        for cache in layer.caches:
-            if not isinstance(cache, AttentionCache) or cache.head_dim != cache.head_dim_v:
-                continue
-            if cache.num_q_heads % tp_size:
-                raise InputError(f"{config.name}: TP {tp_size} does not divide {cache.num_q_heads} query heads")
-            kv_heads = max(1, cache.num_kv_heads // tp_size)
-            window = cache.window_tokens or cache.chunk_tokens
-            shape = Shape(cache.num_q_heads // tp_size, kv_heads, cache.head_dim, window)
-            counts[shape] = counts.get(shape, 0) + 1
-    if not counts:
-        raise UnsupportedError(
-            f"{config.name} has no attention layer that caches K and V of one width",
-            hint="`kvplan measure` times MHA, GQA and MQA; give a shape with --num-q-heads --num-kv-heads --head-dim",
-        )
-    return tuple(checked_shape(shape) for shape in sorted(counts, key=lambda s: -counts[s]))
 
 
 def plan_cells(

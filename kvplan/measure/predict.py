@@ -1,15 +1,23 @@
-"""What kvplan would have said of a cell before it was timed, and where that comes from."""
+"""What kvplan would have said of a cell before it was timed, and where that comes from.
+
+Latent attention is predicted as ``kvplan itl`` does it, by its bytes and its products (``kvplan.calibration.latent``),
+with the figures of the bundled kernel: it multiplies 16 query rows at least, where engines' kernels take 64.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from math import hypot
 from typing import Literal
 
 from kvplan import profiles
 from kvplan.calibration.attention import AttentionCalibration, find_attention
+from kvplan.calibration.latent import LATENT, ROPE, LatentCalibration, find_latent
 from kvplan.gpu import GpuSpec, load_gpu
 from kvplan.measure.backend import Environment
-from kvplan.measure.plan import Cell, element_bits
+from kvplan.measure.family import element_bits
+from kvplan.measure.plan import Cell
 
 ENGINE = "kvplan"
 """The engine name that calibrations of the bundled kernels carry."""
@@ -18,33 +26,26 @@ KERNEL_EFFICIENCY = {16: 0.92, 8: 0.92, 4: 0.70}
 are 0.91 to 0.96 for 16 and 8 bits, 0.69 for nvfp4 and 0.78 for int4 from batch 8 on, where unpacking is the limit."""
 KERNEL_INTERCEPT_S = 11e-6
 """Launch and join of one call (assumed; 10 to 15 µs measured on an H200)."""
+LATENT_TILE_ROWS = 16
+LATENT_EFFICIENCY = 0.95
+LATENT_FLOPS = {"bf16": 0.23, "fp8_e4m3": 0.29, "fp8_ds_mla": 0.18}
+"""Of the bundled latent kernel: fewest query rows it multiplies with, share of bandwidth, share of bf16 FLOPs by row
+format. Assumed; from runs on an H200."""
 
 
 @dataclass(frozen=True)
 class Predictor:
-    """Predicts cells; ``kind`` is ``calibrated`` or ``assumed``, ``source`` one line for people."""
+    """Predicts seconds of one layer's attention, None of a cell that it knows nothing of.
+
+    ``kind`` is ``calibrated`` or ``assumed``, ``source`` one line for people.
+    """
 
     kind: Literal["calibrated", "assumed"]
     source: str
-    calibration: AttentionCalibration | None = None
-    peak_bytes_per_s: float = 0.0
-
-    def latency_s(self, cell: Cell) -> float:
-        """Seconds of one layer's decode attention."""
-        shape = cell.family.shape
-        if self.calibration is not None:
-            return float(
-                self.calibration.latency_s(
-                    cell.batch_size, cell.context_tokens, shape.num_q_heads, shape.num_kv_heads, shape.head_dim,
-                    window_tokens=shape.window_tokens or 0, kv_dtype=cell.family.kv_dtype,
-                )
-            )  # fmt: skip
-        tokens = min(cell.context_tokens, shape.window_tokens or cell.context_tokens)
-        rate = KERNEL_EFFICIENCY[element_bits(cell.family.element)] * self.peak_bytes_per_s
-        return KERNEL_INTERCEPT_S + cell.batch_size * tokens * cell.family.bytes_per_token / rate
+    latency_s: Callable[[Cell], float | None]
 
 
-def find_predictor(environment: Environment) -> Predictor | None:
+def find_predictor(environment: Environment, latent: bool = False) -> Predictor | None:
     """The calibration of this GPU and these kernels (the user's, else a shipped one), else its datasheet.
 
     None for a device of which kvplan knows nothing yet.
@@ -53,12 +54,43 @@ def find_predictor(environment: Environment) -> Predictor | None:
         ProfileError: a calibration file breaks its schema.
 
     """
-    calibration = find_attention(environment.gpu, ENGINE)
-    if calibration is not None:
-        return Predictor("calibrated", calibration.source, calibration)
+    if latent:
+        mla = find_latent(environment.gpu, ENGINE)
+        if mla is not None:
+            return latent_predictor(mla)
+    else:
+        attention = find_attention(environment.gpu, ENGINE)
+        if attention is not None:
+            return attention_predictor(attention)
     if environment.gpu not in profiles.names("gpus"):
         return None
-    return datasheet_predictor(load_gpu(environment.gpu))
+    return (latent_datasheet_predictor if latent else datasheet_predictor)(load_gpu(environment.gpu))
+
+
+def attention_predictor(calibration: AttentionCalibration) -> Predictor:
+    """What a calibration of the bundled kernels of plain attention says."""
+
+    def latency_s(cell: Cell) -> float:
+        shape = cell.family.shape
+        return float(
+            calibration.latency_s(
+                cell.batch_size, cell.context_tokens, shape.num_q_heads, shape.num_kv_heads, shape.head_dim,
+                window_tokens=shape.window_tokens or 0, kv_dtype=cell.family.kv_dtype,
+            )
+        )  # fmt: skip
+
+    return Predictor("calibrated", calibration.source, latency_s)
+
+
+def latent_predictor(calibration: LatentCalibration) -> Predictor:
+    """What a calibration of the bundled kernel of latent attention says."""
+
+    def latency_s(cell: Cell) -> float | None:
+        family = cell.family
+        return calibration.latency_s(family.kv_dtype, cell.batch_size, cell.context_tokens, family.shape.num_q_heads,
+                                     family.bytes_per_token)  # fmt: skip
+
+    return Predictor("calibrated", calibration.source, latency_s)
 
 
 def datasheet_predictor(gpu: GpuSpec) -> Predictor | None:
@@ -66,8 +98,32 @@ def datasheet_predictor(gpu: GpuSpec) -> Predictor | None:
     peak = gpu.memory_bandwidth_bytes_per_s
     if peak is None:
         return None
+
+    def latency_s(cell: Cell) -> float:
+        return KERNEL_INTERCEPT_S + cell.read_bytes / (KERNEL_EFFICIENCY[element_bits(cell.family.element)] * peak)
+
     source = (
         f"roofline: {KERNEL_EFFICIENCY[16]:.0%} (4-bit {KERNEL_EFFICIENCY[4]:.0%}) of the datasheet's "
         f"{peak / 1e12:.2f} TB/s and {KERNEL_INTERCEPT_S * 1e6:.0f} µs a call, all assumed"
     )
-    return Predictor("assumed", source, peak_bytes_per_s=peak)
+    return Predictor("assumed", source, latency_s)
+
+
+def latent_datasheet_predictor(gpu: GpuSpec) -> Predictor | None:
+    """Shares of the datasheet's bandwidth and bf16 FLOPs, and a fixed cost a call; None where one is not known."""
+    peak, flops = gpu.memory_bandwidth_bytes_per_s, gpu.dense_flops_per_s.get("bf16")
+    if peak is None or flops is None:
+        return None
+
+    def latency_s(cell: Cell) -> float:
+        family, tokens = cell.family, cell.batch_size * cell.context_tokens
+        rows = max(family.shape.num_q_heads, LATENT_TILE_ROWS)
+        products = 2 * tokens * rows * (2 * LATENT + ROPE) / (LATENT_FLOPS[family.element] * flops)
+        return KERNEL_INTERCEPT_S + hypot(cell.read_bytes / (LATENT_EFFICIENCY * peak), products)
+
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in LATENT_FLOPS.items())
+    source = (
+        f"roofline: {LATENT_EFFICIENCY:.0%} of the datasheet's {peak / 1e12:.2f} TB/s beside products at a share of "
+        f"its {flops / 1e12:,.0f} TFLOP/s ({shares}), and {KERNEL_INTERCEPT_S * 1e6:.0f} µs a call, all assumed"
+    )
+    return Predictor("assumed", source, latency_s)

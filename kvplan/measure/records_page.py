@@ -12,8 +12,8 @@ from kvplan.calibration.calibrate import calibrate_file
 from kvplan.calibration.schema import attention_from_json
 from kvplan.gpu import load_gpu
 from kvplan.measure.analysis import Comparison, cell_rows, compare, line_rows, shape_of
-from kvplan.measure.plan import Family
-from kvplan.measure.predict import ENGINE, Predictor, datasheet_predictor
+from kvplan.measure.family import Family
+from kvplan.measure.predict import ENGINE, Predictor, attention_predictor, datasheet_predictor
 from kvplan.measure.shipped import (
     PEERS,
     ROOFLINE_BYTES_PER_S,
@@ -89,7 +89,7 @@ def calibrated_on(samples: Sequence[Sample]) -> Predictor:
             append_record(path, asdict(sample))
         gpu = load_gpu(samples[0].environment["gpu"])
         document, _ = calibrate_file(path, gpu, name="page", engine=ENGINE, engine_version="0")
-    return Predictor("calibrated", "the quick run", attention_from_json(document, "page"))
+    return attention_predictor(attention_from_json(document, "page"))
 
 
 def off(samples: Sequence[Sample], predictor: Predictor) -> Comparison:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 
 from kvplan.errors import InputError
+from kvplan.kernels.formats import LATENT_DIM, LATENT_ROW_BYTES, ROPE_DIM
 from kvplan.measure import run_folder
 from kvplan.measure.analysis import (
     CalibrationResult,
@@ -53,7 +54,7 @@ def measure(options: Options, say: Say = lambda _: None, started_s: float | None
         path = options.run_dir or run_folder.default_path(backend.environment.gpu)
         folder = run_folder.create(path, request, backend.environment)
     say(f"{backend.environment.device_name}: records go to {folder.path}")
-    predictor = find_predictor(backend.environment)
+    predictor = find_predictor(backend.environment, request.is_latent)
     try:
         run = Run(request, backend, folder, clock, say)
         run.go()
@@ -82,7 +83,7 @@ def _report(run: Run, predictor: Predictor | None, options: Options) -> MeasureR
     prediction = compare(rows, predictor.kind, predictor.source) if predictor else None
     calibration = _calibrate(run, roof) if options.calibrate else None
     if calibration is not None and calibration.path is not None:
-        predictor = find_predictor(run.backend.environment)
+        predictor = find_predictor(run.backend.environment, run.request.is_latent)
     report = MeasureReport(
         run_dir=str(run.folder.path), request=run.request.as_dict(),
         environment=run.backend.environment.as_dict(), notes=_notes(run, samples),
@@ -126,6 +127,15 @@ def _notes(run: Run, samples: Sequence[Sample]) -> list[str]:
                      "faster here")  # fmt: skip
     if kind == "rocm":
         notes.append("the kernels have not been tested on ROCm")
+    notes += [_latent_note(shape.num_q_heads) for shape in run.request.shapes if shape.latent_dim]
     if not any(sample.kv_dtype == BASE for sample in samples):
         notes.append("no slope ratios: bf16 was not measured")
     return notes
+
+
+def _latent_note(num_heads: int) -> str:
+    """Why many heads do not reach the read roofline: FLOPs of the two products over bytes of a row."""
+    flops = 2 * num_heads * (2 * LATENT_DIM + ROPE_DIM)
+    wide, narrow = (flops / LATENT_ROW_BYTES[name] for name in ("bf16", "fp8_e4m3"))
+    return (f"latent attention multiplies each row with all {num_heads} query heads, {wide:.0f} FLOPs a byte in bf16 "
+            f"and {narrow:.0f} in fp8: with many heads that takes longer than reading it")  # fmt: skip

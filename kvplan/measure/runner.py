@@ -19,12 +19,12 @@ from kvplan.measure.backend import (
     StepTimer,
     Timed,
 )
+from kvplan.measure.family import Family
 from kvplan.measure.options import PEERS
 from kvplan.measure.plan import (
     BUILD_FACTOR,
     MEMORY_SHARE,
     Cell,
-    Family,
     MeasureRequest,
     Skipped,
     plan_cells,
@@ -163,6 +163,9 @@ class Run:
         for shape in self.request.shapes:
             if shape.window_tokens is not None:
                 continue
+            if shape.latent_dim and name != "torch":
+                self.skipped.append(Skipped(PEERS[name], "it is not compared on latent attention"))
+                continue
             cells, skipped = self._planned(replace(self.request, shapes=(shape,), kv_dtypes=dtypes))
             self.skipped += [Skipped(f"{name}: {item.cell}", item.reason) for item in skipped]
             for cell in cells:
@@ -172,7 +175,7 @@ class Run:
                 label = f"{name}: {cell.describe()}"
                 timed = self._timed(cell, label, partial(self.backend.time_peer, name, cell), optional=True)
                 if timed is not None:
-                    record = {"name": PEERS[name], "kv_dtype": cell.family.kv_dtype}
+                    record = {"name": PEERS[name], "kv_dtype": cell.family.kv_dtype, "latent_dim": shape.latent_dim}
                     self.folder.add("peers", {**record, **dict(zip(PEER_SIZES, sizes, strict=True)), **asdict(timed)})
                     self.say(f"{label}: {format_seconds(timed.latency_s)}")
 
@@ -240,9 +243,10 @@ class Run:
         return Sample(
             batch_size=cell.batch_size, context_tokens=cell.context_tokens, num_q_heads=shape.num_q_heads,
             num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim, window_tokens=shape.window_tokens or 0,
-            kv_dtype=family.kv_dtype, scale_granularity=family.scale_granularity, latency_s=timed.latency_s,
-            p10_s=timed.p10_s, p90_s=timed.p90_s, num_replays=timed.num_replays, read_bytes=timed.read_bytes,
-            layers=cell.layers, layout=timed.layout, block_size_tokens=timed.block_size_tokens,
-            seed=self.request.seed, sm_clock_hz=timed.sm_clock_hz, kernel_facts=timed.kernel_facts,
-            environment=self.backend.environment.brief(), time=run_folder.timestamp(),
+            latent_dim=shape.latent_dim or 0, kv_dtype=family.kv_dtype, scale_granularity=family.scale_granularity,
+            latency_s=timed.latency_s, p10_s=timed.p10_s, p90_s=timed.p90_s, num_replays=timed.num_replays,
+            read_bytes=timed.read_bytes, layers=cell.layers, layout=timed.layout,
+            block_size_tokens=timed.block_size_tokens, seed=self.request.seed, sm_clock_hz=timed.sm_clock_hz,
+            kernel_facts=timed.kernel_facts, environment=self.backend.environment.brief(),
+            time=run_folder.timestamp(),
         )  # fmt: skip

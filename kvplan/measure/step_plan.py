@@ -9,7 +9,8 @@ from typing import Any
 from kvplan.errors import KvplanError, UnsupportedError
 from kvplan.measure.analysis import robust_line
 from kvplan.measure.backend import Environment
-from kvplan.measure.plan import WEIGHT_BYTES, Cell, Family, Shape
+from kvplan.measure.family import Family, Shape
+from kvplan.measure.plan import WEIGHT_BYTES, Cell
 from kvplan.model_config import AttentionCache, resolve_model
 
 LAYER_WEIGHTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -98,7 +99,7 @@ def step_model(reference: str, weight_dtype: str = "bf16") -> StepModel:
     if config.is_moe or len(layers) != 1 or sorted(linear) != sorted(LAYER_WEIGHTS) or not full:
         raise UnsupportedError(
             f"{config.name}: --whole-step runs dense models whose layers are all the same full attention and gated MLP",
-            hint="try 8b",
+            hint="try 8b; without --whole-step its attention alone is timed",
         )
     assert isinstance(cache, AttentionCache)
     shape = Shape(cache.num_q_heads, cache.num_kv_heads, cache.head_dim)
@@ -117,8 +118,8 @@ def distinct_layers(family: Family, batch: int, context: int, num_layers: int) -
 class StepPredictor:
     """``kvplan itl``'s terms for everything but attention, and the kernels' own calibration for attention."""
 
-    def __init__(self, model: str, config: StepModel, environment: Environment, attention: Callable[[Cell], float],
-                 attention_source: str) -> None:  # fmt: skip
+    def __init__(self, model: str, config: StepModel, environment: Environment,
+                 attention: Callable[[Cell], float | None], attention_source: str) -> None:  # fmt: skip
         self.model, self.config, self.environment, self.attention = model, config, environment, attention
         self.source = f"kvplan itl without its KV term, and attention from {attention_source}"
 
@@ -132,8 +133,10 @@ class StepPredictor:
                              "weight_dtype": self.config.weight_dtype})  # fmt: skip
         except KvplanError:
             return None
-        rest = plan.itl_s - plan.breakdown.kv_s
-        return rest + self.config.num_layers * self.attention(Cell(family, batch, context))
+        attention_s = self.attention(Cell(family, batch, context))
+        if attention_s is None:
+            return None
+        return plan.itl_s - plan.breakdown.kv_s + self.config.num_layers * attention_s
 
 
 def step_rows(

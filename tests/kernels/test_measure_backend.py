@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from kvplan.measure import cuda
 from kvplan.measure.backend import CellOutOfMemory, KernelFailure
 from kvplan.measure.cuda import CudaBackend
-from kvplan.measure.plan import Cell, Family, Shape
+from kvplan.measure.family import Family, Shape
+from kvplan.measure.plan import Cell
 
 FAMILY = Family(Shape(2, 1, 64), "fp8_per_token_head")
+LATENT = Shape(4, 1, 576, latent_dim=512)
 
 
 @pytest.fixture
 def backend(monkeypatch: pytest.MonkeyPatch) -> CudaBackend:
     monkeypatch.setattr(cuda, "DEVICE", "cpu")
     monkeypatch.setattr(cuda, "ACCURACY_TOKENS", 100)
-    monkeypatch.setattr(cuda.bench, "GATE_LENGTHS", (40, 7))
-    really = cuda.bench.gate
-    monkeypatch.setattr(cuda.bench, "gate", lambda cell, **options: really(cell, seq_lens=(40, 7), **options))
+    for bench in (cuda.plain, cuda.latent):
+        monkeypatch.setattr(bench, "gate", partial(bench.gate, seq_lens=(40, 7)))
     return object.__new__(CudaBackend)
 
 
@@ -39,6 +42,26 @@ def test_a_cell_is_timed_and_says_what_ran(backend: CudaBackend) -> None:
     assert timed.read_bytes == 2 * 40 * FAMILY.bytes_per_token
     assert set(timed.kernel_facts) == {"config", "num_chunks", "registers", "spills", "shared_bytes"}
     assert timed.layout == "HND"
+
+
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "fp8", "fp8_ds_mla"])
+def test_latent_attention_is_gated_and_timed_with_its_own_kernel(backend: CudaBackend, kv_dtype: str) -> None:
+    family = Family(LATENT, kv_dtype)
+    gate = backend.gate(family, seed=0)
+    assert gate.passed
+    assert gate.shape == "4 query heads on a latent of 512 + 64"
+    assert gate.format_error is not None
+    assert 0 < gate.format_error < (8e-3 if kv_dtype == "bfloat16" else 0.06)
+    timed = backend.time(Cell(family, 2, 40), replays=2, seed=0, tune=True)
+    assert timed.read_bytes == 2 * 40 * family.bytes_per_token
+    assert set(timed.kernel_facts) == {"config", "num_chunks", "registers", "spills", "shared_bytes"}
+    assert timed.layout == "rows"
+
+
+def test_torch_reads_a_latent_once_for_all_heads(backend: CudaBackend) -> None:
+    timed = backend.time_peer("torch", Cell(Family(LATENT, "bfloat16"), 2, 40), replays=2, seed=0)
+    assert timed.latency_s > 0
+    assert timed.read_bytes == 2 * 40 * 576 * 2
 
 
 def test_torch_reads_a_dense_16_bit_cache(backend: CudaBackend) -> None:

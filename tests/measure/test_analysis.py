@@ -8,19 +8,31 @@ import pytest
 
 from kvplan.measure.analysis import cell_rows, compare, line_rows, peer_rows, robust_line
 from kvplan.measure.backend import Environment
-from kvplan.measure.plan import Cell, Family, Shape
-from kvplan.measure.predict import KERNEL_EFFICIENCY, KERNEL_INTERCEPT_S, find_predictor
+from kvplan.measure.family import Family, Shape
+from kvplan.measure.plan import Cell
+from kvplan.measure.predict import (
+    KERNEL_EFFICIENCY,
+    KERNEL_INTERCEPT_S,
+    LATENT_EFFICIENCY,
+    LATENT_FLOPS,
+    find_predictor,
+)
 from kvplan.samples import Sample
 
 from .test_samples import SAMPLE
 
 SHAPE = Shape(64, 8, 128)
+LATENT = Shape(16, 1, 576, latent_dim=512)
 
 
-def sample(kv_dtype: str, context: int, latency_s: float, batch: int = 8, window: int = 0) -> Sample:
-    read = batch * context * Family(SHAPE, kv_dtype).bytes_per_token
+def sample(
+    kv_dtype: str, context: int, latency_s: float, batch: int = 8, window: int = 0, shape: Shape = SHAPE
+) -> Sample:
+    read = batch * context * Family(shape, kv_dtype).bytes_per_token
     return replace(SAMPLE, kv_dtype=kv_dtype, context_tokens=context, latency_s=latency_s, batch_size=batch,
-                   read_bytes=read, window_tokens=window)  # fmt: skip
+                   read_bytes=read, window_tokens=window, num_q_heads=shape.num_q_heads,
+                   num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim,
+                   latent_dim=shape.latent_dim or 0)  # fmt: skip
 
 
 def environment(gpu: str) -> Environment:
@@ -70,6 +82,20 @@ def test_no_ratio_without_bf16_and_no_line_from_one_context_or_past_a_window() -
     assert line_rows([sample("fp8", n, 1e-5, window=128) for n in (4096, 8192)], 1e12) == []
 
 
+def test_latent_rows_of_one_byte_a_number_have_half_the_floor_and_those_with_scales_656_of_1152() -> None:
+    """Time = 10 µs + bytes / 4 TB/s of rows of 1,152, 576 and 656 bytes."""
+    samples = [
+        sample(d, n, 1e-5 + 8 * n * Family(LATENT, d).bytes_per_token / 4e12, shape=LATENT)
+        for d in ("bfloat16", "fp8", "fp8_ds_mla")
+        for n in (4096, 16384, 65536)
+    ]
+    rows = {row.kv_dtype: row for row in line_rows(samples, 4.5e12)}
+    assert (rows["fp8"].floor, rows["fp8_ds_mla"].floor) == (0.5, 656 / 1152)
+    assert rows["fp8_ds_mla"].slope_ratio == pytest.approx(656 / 1152)
+    assert rows["bfloat16"].bytes_per_s == pytest.approx(4e12)
+    assert rows["fp8"].shape == "16 query heads on a latent of 512 + 64"
+
+
 def test_errors_are_relative_to_what_was_measured() -> None:
     """Predicted 10 µs each: 10/8 − 1 = +25%, 10/10 − 1 = 0, 10/20 − 1 = −50%; the median of sizes is 25%."""
     samples = [sample("fp8", 4096, 8e-6), sample("fp8", 8192, 1e-5), sample("fp8", 16384, 2e-5)]
@@ -98,6 +124,23 @@ def test_a_known_gpu_is_predicted_from_its_datasheet_and_says_so(
     assert predictor.latency_s(windowed) == pytest.approx(
         KERNEL_INTERCEPT_S + 2**26 / (KERNEL_EFFICIENCY[8] * 2.039e12)
     )
+
+
+def test_latent_attention_of_a_known_gpu_is_predicted_from_bytes_and_products(
+    tmp_path: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """H200: 4.8 TB/s and 989.4 TFLOP/s in bf16; 16 heads · 2 · (576 + 512) FLOPs a token, and no fewer for 8 heads."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    predictor = find_predictor(environment("h200"), latent=True)
+    assert predictor is not None
+    assert predictor.kind == "assumed"
+    assert "TFLOP/s" in predictor.source
+    tokens = 32 * 65536
+    stream = tokens * 576 / (LATENT_EFFICIENCY * 4.8e12)
+    products = tokens * 16 * 2 * 1088 / (LATENT_FLOPS["fp8_e4m3"] * 989.4e12)
+    expected = pytest.approx(KERNEL_INTERCEPT_S + (stream**2 + products**2) ** 0.5)
+    assert predictor.latency_s(Cell(Family(LATENT, "fp8"), 32, 65536)) == expected
+    assert predictor.latency_s(Cell(Family(replace(LATENT, num_q_heads=8), "fp8"), 32, 65536)) == expected
 
 
 def test_an_unknown_device_is_not_predicted(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:

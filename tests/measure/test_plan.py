@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from kvplan.errors import InputError, KvplanError, UnknownNameError, UnsupportedError
-from kvplan.measure.plan import (
-    Cell,
-    Family,
-    MeasureRequest,
-    Shape,
-    checked_shape,
-    kernel_names,
-    model_shapes,
-    parse_kv_dtypes,
-    plan_cells,
-    request_from_dict,
-)
+from kvplan.measure.family import Family, Shape, checked_shape, kernel_names, model_shapes, parse_kv_dtypes
+from kvplan.measure.plan import Cell, MeasureRequest, plan_cells, request_from_dict
 
 SHAPE = Shape(64, 8, 128)
+LATENT = Shape(16, 1, 576, latent_dim=512)
 GIB = 2**30
 
 
@@ -51,6 +43,23 @@ def test_formats_by_the_names_people_use() -> None:
         Family(Shape(8, 1, 80), "nvfp4").check()
 
 
+def test_a_latent_row_is_read_once_whatever_the_heads() -> None:
+    """512 + 64 numbers of 2 or 1 bytes; 656: 512 codes, 4 FP32 scales and 64 numbers of 2 bytes."""
+    for heads in (1, 128):
+        shape = Shape(heads, 1, 576, latent_dim=512)
+        assert [Family(shape, name).bytes_per_token for name in ("bfloat16", "fp8", "fp8_ds_mla")] == [1152, 576, 656]
+    assert Cell(Family(LATENT, "fp8"), 8, 1024).read_bytes == 8 * 1024 * 576
+    assert LATENT.describe() == "16 query heads on a latent of 512 + 64"
+
+
+def test_each_kind_of_attention_has_formats_of_its_own() -> None:
+    assert parse_kv_dtypes(["bf16", "fp8", "fp8_ds_mla"], latent=True) == ("bfloat16", "fp8", "fp8_ds_mla")
+    for names, latent in ((["fp8_per_token_head"], True), (["fp16"], True), (["fp8_ds_mla"], False)):
+        with pytest.raises(UnsupportedError, match="not read it") as caught:
+            parse_kv_dtypes(names, latent)
+        assert ("fp8_ds_mla" in (caught.value.hint or "")) == latent
+
+
 @pytest.mark.parametrize(
     "name",
     ["turboquant_k8v4", "fp32", "int4_per_token_head", "int8:none", "fp8:head:fp16", "bf16:head", "int4:block32"],
@@ -74,6 +83,13 @@ def test_shapes_of_a_model_are_those_of_one_rank() -> None:
     assert model_shapes("70b", 16) == (Shape(4, 1, 128),)
 
 
+def test_ranks_share_the_heads_of_latent_attention_and_each_has_the_whole_latent() -> None:
+    """DeepSeek V3 has 128 query heads, Kimi K2 64."""
+    assert model_shapes("deepseek-v3", 8) == (LATENT,)
+    assert model_shapes("deepseek-v3", 1) == (replace(LATENT, num_q_heads=128),)
+    assert model_shapes("kimi-k2", 8) == (replace(LATENT, num_q_heads=8),)
+
+
 def test_a_model_with_windows_has_a_shape_for_each_kind_of_layer() -> None:
     shapes = model_shapes("gpt-oss-120b", 8)
     assert {shape.window_tokens for shape in shapes} == {None, 128}
@@ -83,7 +99,11 @@ def test_a_model_with_windows_has_a_shape_for_each_kind_of_layer() -> None:
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: model_shapes("deepseek-v3", 8), "no attention layer that caches K and V"),
+        (lambda: model_shapes("deepseek-v4-pro", 8), "no attention layer that the bundled kernels read"),
+        (lambda: model_shapes("deepseek-v3.2", 8), "has sparse latent attention"),
+        (lambda: model_shapes("deepseek-v3", 3), "TP 3 does not divide 128"),
+        (lambda: checked_shape(Shape(16, 1, 288, latent_dim=256)), r"a latent of 256 \+ 32"),
+        (lambda: checked_shape(Shape(65, 1, 576, latent_dim=512)), "65 query heads do not split evenly"),
         (lambda: model_shapes("70b", 3), "TP 3 does not divide 64"),
         (lambda: checked_shape(Shape(64, 8, 72)), "head_dim 72"),
         (lambda: checked_shape(Shape(64, 2, 128)), "32 query heads a KV head"),
@@ -137,14 +157,17 @@ def test_a_request_survives_its_json() -> None:
 
     asked = request(compare=("torch",), model="70b", tp_size=8)
     assert request_from_dict(json.loads(json.dumps(asked.as_dict())), "x") == asked
+    latent = request(shapes=(LATENT,))
+    assert request_from_dict(json.loads(json.dumps(latent.as_dict())), "x") == latent
+    assert (latent.is_latent, asked.is_latent) == (True, False)
     with pytest.raises(InputError, match="not the request of a run"):
         request_from_dict({"shapes": [{}]}, "x")
 
 
 def test_planning_and_the_command_line_load_no_torch() -> None:
     code = (
-        "import sys, kvplan.cli.app, kvplan.measure.run, kvplan.measure.plan as p, kvplan.terminal.measure_view\n"
-        "p.model_shapes('70b', 8); p.parse_kv_dtypes(['fp8'])\n"
+        "import sys, kvplan.cli.app, kvplan.measure.run, kvplan.measure.family as f, kvplan.terminal.measure_view\n"
+        "f.model_shapes('70b', 8); f.parse_kv_dtypes(['fp8'])\n"
         "print(*(n for n in ('torch', 'triton') if n in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() == []

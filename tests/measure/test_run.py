@@ -375,6 +375,88 @@ def test_the_readme_command_for_a_cpu_runs(run: Cli) -> None:
     assert re.search(r"24 samples in kvplan-runs/cpu-", ran.out)
 
 
+LATENT = ("--device", "cpu", "--model", "deepseek-v3", "--tp", "64", "--batch", "1,2", "--ctx", "32,64,128,256")
+
+
+def test_latent_attention_is_gated_timed_predicted_and_calibrated(run: Cli, tmp_path: Path) -> None:
+    """Two heads a rank on rows of 512 + 64; fp8 halves them, and with scales of 128 and 16-bit rotary they are 656."""
+    first = run(*LATENT, "-o", "first", "--json")
+    assert first.code == 0, first.err
+    report = first.json
+    assert {row["shape"] for row in report["cells"]} == {"2 query heads on a latent of 512 + 64"}
+    assert len(report["cells"]) == 3 * 2 * 4
+    assert all(0 < gate["error"] <= gate["tolerance"] for gate in report["gates"])
+    errors = {gate["kv_dtype"]: gate["format_error"] for gate in report["gates"]}
+    assert errors["bfloat16"] < 0.01 < errors["fp8_ds_mla"] < errors["fp8"] < 0.06
+    floors = {row["kv_dtype"]: row["floor"] for row in report["lines"]}
+    assert floors == {"bfloat16": 1.0, "fp8": 0.5, "fp8_ds_mla": 656 / 1152}
+    read = {row["kv_dtype"]: row["read_bytes"] for row in report["cells"] if row["batch_size"] == 2}
+    assert read == {"bfloat16": 512 * 1152, "fp8": 512 * 576, "fp8_ds_mla": 512 * 656}
+    assert any("4 FLOPs a byte in bf16 and 8 in fp8" in note for note in report["notes"])  # 2 · 2 · 1,088 / 1,152
+    samples = read_samples(tmp_path / "first" / "samples.jsonl").samples
+    assert {(s.num_q_heads, s.num_kv_heads, s.head_dim, s.latent_dim, s.layout) for s in samples} == {
+        (2, 1, 576, 512, "rows")
+    }
+    assert report["calibration"]["path"].endswith("-kvplan-latent.json")
+    second = run(*LATENT, "-o", "second", "--json", "--no-calibrate", "--tolerance", "10000")
+    assert second.code == 0, second.err
+    assert second.json["prediction"]["num_cells"] == 24
+    assert "measured here" in second.json["prediction"]["source"]
+    third = run(*LATENT, "-o", "third", "--no-calibrate", "--tolerance", "0.001")
+    assert third.code == 3
+    assert "predictions are off by" in one_line(third)
+
+
+def test_a_latent_run_goes_on_where_it_was_and_shows_torch_beside_it(
+    run: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    really, count = CpuBackend.time, 0
+
+    def interrupted(self: Any, cell: Any, **options: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 6:
+            raise KeyboardInterrupt
+        return really(self, cell, **options)
+
+    monkeypatch.setattr(CpuBackend, "time", interrupted)
+    assert run(*LATENT, "-o", "r", "--compare", "torch,vllm").code == 130
+    before = read_samples(tmp_path / "r" / "samples.jsonl").samples
+    assert len(before) == 5
+    monkeypatch.setattr(CpuBackend, "time", really)
+    report = run("--resume", "r", "--json").json
+    after = read_samples(tmp_path / "r" / "samples.jsonl").samples
+    assert after[:5] == before
+    assert len(after) == len(report["cells"]) == 24
+    assert [(row["name"], row["kv_dtype"]) for row in report["peers"]] == 8 * [("torch SDPA", "bfloat16")]
+    assert all(row["speed_ratio"] > 0 for row in report["peers"])
+    assert report["skipped"] == [{"cell": "vLLM FlashAttention-3", "reason": "it needs a CUDA GPU"}]
+
+
+def test_a_broken_latent_kernel_stops_at_its_gate(run: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    really = CpuBackend.attend
+    monkeypatch.setattr(CpuBackend, "attend", lambda *args: really(*args) * 1.01)
+    ran = run(*LATENT, "-o", "r")
+    assert ran.code == 1
+    assert "gate of bfloat16 (2 query heads on a latent of 512 + 64): the kernel is off by 1.0e-02" in one_line(ran)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--kv-cache-dtype", "fp8_per_token_head"), "the bundled kernel of latent attention does not read it"),
+        (("--whole-step",), "runs a whole model on one GPU"),
+        (("--tp", "3"), "TP 3 does not divide 128 query heads"),
+        (("--model", "deepseek-v3.2"), "has sparse latent attention"),
+    ],
+)
+def test_what_latent_attention_cannot_do_is_one_line(run: Cli, words: tuple[str, ...], message: str) -> None:
+    ran = run(*LATENT, "-o", "r", *words)
+    assert ran.code == 2
+    assert message in one_line(ran)
+    assert not Path("r").exists()
+
+
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128, "num_hidden_layers": 3,
          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 256,
          "vocab_size": 512, "max_position_embeddings": 4096, "torch_dtype": "bfloat16"}  # fmt: skip
@@ -449,6 +531,7 @@ def test_a_model_larger_than_memory_has_its_steps_skipped(
         ((), "runs a whole model on one GPU"),
         (("--model", "gpt-oss-20b"), "runs dense models"),
         (("--model", "mixtral-8x7b"), "runs dense models"),
+        (("--model", "deepseek-v3"), "runs dense models"),
     ],
 )
 def test_a_whole_step_of_anything_else_is_refused(run: Cli, words: tuple[str, ...], message: str) -> None:
@@ -465,7 +548,7 @@ def test_the_step_computes_what_a_decoder_layer_computes(tmp_path: Path) -> None
     from kvplan.kernels.reference.append_kv import append_kv
     from kvplan.kernels.reference.decode_attention import decode_attention
     from kvplan.measure.dense_step import DenseStep
-    from kvplan.measure.plan import Shape
+    from kvplan.measure.family import Shape
     from kvplan.measure.step_plan import StepModel
 
     model = StepModel("tiny", Shape(2, 1, 64), 1, 128, 96, 50)
@@ -487,7 +570,7 @@ def test_the_step_computes_what_a_decoder_layer_computes(tmp_path: Path) -> None
 def test_fp8_weights_give_the_product_of_what_they_stand_for() -> None:
     """Weights as stored, times their scale; activations as e4m3."""
     from kvplan.measure.dense_step import DenseStep
-    from kvplan.measure.plan import Shape
+    from kvplan.measure.family import Shape
     from kvplan.measure.step_plan import StepModel
 
     model = StepModel("tiny", Shape(2, 1, 64), 1, 128, 96, 50, "fp8")

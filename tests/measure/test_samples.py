@@ -30,6 +30,15 @@ def test_a_sample_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert read_samples(path).corrupt == []
 
 
+def test_a_line_of_before_latent_attention_is_plain_attention(tmp_path: Path) -> None:
+    record = asdict(SAMPLE)
+    assert record.pop("latent_dim") == 0
+    append_record(tmp_path / "s.jsonl", record)
+    latent = replace(SAMPLE, num_kv_heads=1, head_dim=576, latent_dim=512)
+    append_sample(tmp_path / "s.jsonl", latent)
+    assert read_samples(tmp_path / "s.jsonl").samples == [SAMPLE, latent]
+
+
 def test_a_line_has_the_keys_that_calibrate_reads(tmp_path: Path) -> None:
     from kvplan.calibration.samples import read_points, read_rows
 
@@ -64,6 +73,7 @@ def test_a_torn_line_is_named_and_the_next_sample_stands_on_its_own(tmp_path: Pa
         ({"latency_s": True}, "latency_s is True"),
         ({"batch_size": 1.5}, "batch_size is 1.5"),
         ({"read_bytes": 0}, "read_bytes is 0"),
+        ({"latent_dim": None}, "latent_dim is None"),
         ({"window_tokens": -1}, "window_tokens is -1"),
         ({"kv_dtype": 8}, "kv_dtype is no text"),
         ({"environment": "h200"}, "kernel_facts and environment must be objects"),

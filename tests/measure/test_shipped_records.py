@@ -46,7 +46,7 @@ def test_at_fp8_ours_is_ahead_of_flash_attention_3_by_the_bar_and_of_xqa_from_16
 
 def test_a_whole_step_is_linear_in_context_and_fp8_halves_its_slope() -> None:
     """The bars: R² at least 0.999 over 2k to 64k, fp8 slope at most 0.53 of bf16's."""
-    from kvplan.measure.plan import Family, Shape
+    from kvplan.measure.family import Family, Shape
     from kvplan.measure.step_plan import step_lines, step_rows
 
     families = [Family(Shape(32, 8, 128), name) for name in ("bfloat16", "fp8")]

@@ -12,7 +12,8 @@ import pytest
 
 import kvplan
 from kvplan import Report
-from kvplan.measure.plan import MeasureRequest, Shape
+from kvplan.measure.family import Shape
+from kvplan.measure.plan import MeasureRequest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from chromium import Browser, find_chromium, open_chromium

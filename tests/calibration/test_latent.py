@@ -1,0 +1,114 @@
+"""Latent attention: a known kernel is found again from samples, and nothing is said of what was not measured."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support import Ran
+
+from kvplan import profiles
+from kvplan.calibration.geometry import hardware_of
+from kvplan.calibration.latent import MLA, LatentCases, find_latent, latent_from_json, mla_s, samples_document
+from kvplan.errors import InputError, ProfileError
+from kvplan.gpu import load_gpu
+from kvplan.samples import Sample, append_record
+
+Cli = Callable[..., Ran]
+H200 = load_gpu("h200")
+ABOUT = {"name": "test", "aliases": [], "gpu": "h200", "engine": "kvplan", "engine_version": "1", "date": "2026-11-24",
+         "sources": []}  # fmt: skip
+ROW_BYTES = {"bfloat16": 1152, "fp8": 576, "fp8_ds_mla": 656}
+TRUTH = {"launch_s": 9e-6, "chain_s": 5e-7, "bandwidth_fraction": 0.95, "flops_fraction": 0.2, "page_tokens": 100.0,
+         "sequence_s": 3e-6}  # fmt: skip
+CELLS = list(itertools.product((1, 8, 32), (4096, 16384, 65536)))
+
+
+def seconds(kv_dtype: str, batch: float, context: float, heads: float = 16) -> float:
+    """What a kernel of these parameters takes, its tiles of 16 rows."""
+    theta = np.log([TRUTH[p.name] for p in MLA])
+    case = LatentCases(*(np.array([float(x)]) for x in (batch, context, heads, ROW_BYTES[kv_dtype])))
+    return float(mla_s(theta, case, hardware_of(H200), 16)[0])
+
+
+def sample(kv_dtype: str, batch: int, context: int) -> Sample:
+    taken = seconds(kv_dtype, batch, context)
+    return Sample(
+        batch_size=batch, context_tokens=context, num_q_heads=16, num_kv_heads=1, head_dim=576, window_tokens=0,
+        latent_dim=512, kv_dtype=kv_dtype, scale_granularity="none", latency_s=taken, p10_s=taken, p90_s=taken,
+        num_replays=20, read_bytes=batch * context * ROW_BYTES[kv_dtype], layers=2, layout="rows", block_size_tokens=64,
+        seed=0, sm_clock_hz=None, kernel_facts={}, environment={"gpu": "h200"}, time="2026-11-24T00:00:00Z",
+    )  # fmt: skip
+
+
+def document(*kv_dtypes: str) -> dict[str, Any]:
+    return samples_document([sample(d, *cell) for d in kv_dtypes for cell in CELLS], ABOUT, H200, 16)
+
+
+def test_a_kernel_is_found_again_from_nine_cells_a_format() -> None:
+    found = latent_from_json(document("bfloat16", "fp8"), "here", "measured here")
+    for kv_dtype in ("bfloat16", "fp8"):
+        for batch, context in [*CELLS, (16, 32768)]:
+            said = found.latency_s(kv_dtype, batch, context, 16, ROW_BYTES[kv_dtype])
+            assert said == pytest.approx(seconds(kv_dtype, batch, context), rel=0.02)
+    assert found.source == "calibration test (kvplan 1, 18 samples, 2026-11-24, measured here)"
+
+
+def test_a_format_that_was_not_measured_is_not_predicted() -> None:
+    found = latent_from_json(document("fp8"), "here", "measured here")
+    assert found.latency_s("fp8_ds_mla", 8, 4096, 16, 656) is None
+
+
+def test_few_samples_make_no_calibration() -> None:
+    few = [sample("fp8", *cell) for cell in CELLS[:7]]
+    with pytest.raises(InputError, match="7 usable samples of fp8: at least 8"):
+        samples_document(few, ABOUT, H200, 16)
+
+
+@pytest.mark.parametrize("name", ["mla-decode-h200-tensorrt-llm", "mla-decode-h100-sxm-sglang"])
+def test_what_ships_predicts_with_tiles_of_64_rows(name: str) -> None:
+    data = profiles.load("calibrations", name)
+    found = find_latent(data["gpu"], data["engine"])
+    assert found is not None
+    assert found.tile_rows == 64
+    one, tile = (found.latency_s("bfloat16", 32, 65536, heads, 1152) for heads in (1, 64))
+    assert one == tile
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"tile_rows": 0}, "tile_rows must be a number from 1"),
+        ({"tile_rows": None}, "tile_rows must be a number from 1"),
+        ({"kind": "attention"}, "kind must be 'mla_decode'"),
+        ({"hardware": {}}, "hardware.memory_bandwidth_bytes_per_s"),
+        ({"entries": {"fp8": {"parameters": {"launch_s": {"value": 1e-5}}}}}, "parameters.chain_s must be an object"),
+    ],
+)
+def test_a_broken_file_is_named_with_its_field(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ProfileError, match=words):
+        latent_from_json({**document("fp8"), **change}, "x.json", "given")
+
+
+def test_kvplan_calibrate_takes_no_latent_rows_for_plain_ones(kvplan_cli: Cli, tmp_path: Path) -> None:
+    for cell in CELLS:
+        append_record(tmp_path / "s.jsonl", asdict(sample("fp8", *cell)))
+    ran = kvplan_cli("calibrate", str(tmp_path / "s.jsonl"), "--gpu", "h200", "-o", str(tmp_path / "out.json"))
+    assert ran.code == 2
+    assert "no usable samples" in ran.err
+    assert "latent attention" in ran.err
+
+
+def test_itl_does_not_take_a_latent_calibration_for_a_plain_one(kvplan_cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "latent.json"
+    path.write_text(json.dumps(document("fp8")))
+    ran = kvplan_cli("itl", "--model", "deepseek-v3", "--gpu", "h200", "--tp", "8", "--ctx", "8k", "--calibration",
+                     str(path))  # fmt: skip
+    assert ran.code == 2
+    assert "kind must be 'attention', not mla_decode" in ran.err
