@@ -312,7 +312,7 @@ def test_cells_beyond_the_budget_are_skipped_and_listed(run: Cli, monkeypatch: p
     ("words", "message"),
     [
         (("--kv-cache-dtype", "turboquant_k8v4"), "do not read it"),
-        (("--head-dim", "72"), "head_dim 72"),
+        (("--head-dim", "72"), "--head-dim 72: the bundled kernels read"),
         (("--num-q-heads", "5"), "cannot share"),
         (("--model", "8b"), "name two shapes"),
         (("--tp", "2"), "no --model was given"),
