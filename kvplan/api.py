@@ -80,7 +80,7 @@ def itl(**options: Any) -> ItlPlan:
 
     Returns:
         The plan: ``itl_s = intercept_s + slope_s_per_token × context``, its breakdown, interval and source, and under
-        load TPOT and TTFT. Seconds.
+        load ``load.tpot_s`` and ``load.ttft_s``. Seconds.
 
     Raises:
         KvplanError: with ``code``, ``message``, ``hint`` and ``exit_code``.

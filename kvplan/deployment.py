@@ -71,20 +71,21 @@ def resolve_deployment(
     attention_dp_size: int | None = None,
     moe_tp_size: int | None = None,
     moe_ep_size: int | None = None,
+    experts_span_dp: bool = False,
 ) -> Deployment:
     """The deployment that sizes as engines and public benchmark tables write them describe.
 
-    ``dp_size`` makes replicas, except with ``ep`` on a model with experts, where it is attention data parallelism
-    (vLLM's ``--data-parallel-size --enable-expert-parallel``). Tables often write one TP size for attention and
-    experts: equal ``moe_tp_size`` and ``moe_ep_size`` above 1 name the number of GPUs, each with 1/n of the experts; a
-    TP wider than a node with the same ``moe_tp_size`` is attention data parallel with the experts spread.
+    ``dp_size`` makes replicas, except on a model with experts where these are shared over all ranks: with ``ep``, or on
+    an engine that always does (``experts_span_dp``). There it is attention data parallelism. Tables often write one TP
+    size for attention and experts: equal ``moe_tp_size`` and ``moe_ep_size`` above 1 name the number of GPUs, each with
+    1/n of the experts; a TP wider than a node with the same ``moe_tp_size`` is attention data parallel with the experts
+    spread.
     """
     moe_tp, moe_ep = moe_tp_size or 1, moe_ep_size or 1
     attention_dp = attention_dp_size or 1
     replicas = dp_size
-    if attention_dp == 1 and dp_size > 1 and ep and is_moe:
-        attention_dp, replicas = dp_size, 1
-        return Deployment(tp_size, attention_dp, tp_size * attention_dp, pp_size, replicas)
+    if attention_dp == 1 and dp_size > 1 and is_moe and (ep or experts_span_dp):
+        return Deployment(tp_size, dp_size, tp_size * dp_size if ep else 1, pp_size)
     if attention_dp > 1:
         if moe_tp == moe_ep and moe_tp > 1:
             gpus = moe_tp

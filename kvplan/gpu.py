@@ -65,7 +65,8 @@ def resolve_gpu(name: str) -> GpuSpec:
     """
     if name.strip().lower() == LOCAL:
         return local_gpu()
-    found = profiles.find("gpus", name.strip().lower().replace(" ", "-"))
+    key = name.strip().lower().replace(" ", "-")
+    found = profiles.find("gpus", key.removeprefix("nvidia-").removeprefix("amd-"))
     if found is None:
         raise UnknownNameError(
             "GPU", name, profiles.index("gpus"), hint="`kvplan gpus` lists them; --gpu-memory 80GiB takes any other"

@@ -87,7 +87,7 @@ def format_bytes(value: int | None) -> str:
     """``1374389534720`` → ``"1.25 TiB"``; unknown is ``"unknown"``."""
     if value is None:
         return "unknown"
-    sign, size = ("-", -value) if value < 0 else ("", value)
+    sign, size = ("−", -value) if value < 0 else ("", value)
     for unit, name in ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
         if size >= unit:
             scaled = size / unit
@@ -98,7 +98,7 @@ def format_bytes(value: int | None) -> str:
 
 def format_gib(value: int | None) -> str:
     """Bytes as GiB with two digits, the unit ops teams read memory in."""
-    return "unknown" if value is None else f"{value / GIB:,.2f} GiB"
+    return "unknown" if value is None else f"{value / GIB:,.2f} GiB".replace("-", "−")
 
 
 def format_tokens(value: int | None) -> str:

@@ -218,6 +218,11 @@ def test_an_error_calls_a_field_by_the_option_as_it_was_typed(kvplan_cli: Cli, w
     assert assert_one_line(kvplan_cli(*words.split(), "--model", "8b")).startswith(f"error: {says}")
 
 
+def test_a_model_without_its_option_is_told_it(kvplan_cli: Cli) -> None:
+    assert "(write --model NAME, or see `" in assert_one_line(kvplan_cli("size", "70b"))
+    assert "--model" not in assert_one_line(kvplan_cli("models", "70b"))
+
+
 @pytest.mark.parametrize("command", ["size", "itl", "report", "check"])
 def test_every_spelling_of_an_option_is_one_field(command: str) -> None:
     """What a scenario may call a field, and what an error calls it, is what the command line calls it."""

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import pytest
 from support import Ran
 
+import kvplan
+
 Cli = Callable[..., Ran]
 
 SNAPSHOTS = {
@@ -74,6 +76,16 @@ def test_version_is_the_packages(kvplan_cli: Cli) -> None:
     import kvplan
 
     assert kvplan_cli("--version").out == f"kvplan {kvplan.__version__}\n"
+
+
+def test_a_gpu_may_be_called_with_its_vendor() -> None:
+    names = ("NVIDIA H100", "nvidia-b200", "AMD MI300X")
+    assert [kvplan.size(model="8b", gpu=name).request.gpu for name in names] == ["h100-sxm", "b200", "mi300x"]
+
+
+def test_kv_that_is_less_than_the_weights_is_a_share_of_them(kvplan_cli: Cli) -> None:
+    """256 MiB of 14.96 GiB."""
+    assert "256.0 MiB, 1.7% of the weights (14.96 GiB)" in kvplan_cli("size", "--model", "8b", "--ctx", "2k").out
 
 
 @pytest.mark.parametrize("command", ["models", "gpus", "dtypes"])

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import kvplan
+
 ROOT = Path(__file__).parent.parent
 KVPLAN = Path(sys.executable).parent / "kvplan"
 
@@ -70,6 +72,16 @@ def test_readme_quotes_what_the_seed_case_prints() -> None:
     printed = {line.rstrip() for line in done.stdout.splitlines()}
     for line in quoted[1].splitlines():
         assert line == "…" or line.rstrip() in printed, line
+
+
+def test_the_purchase_that_the_example_prints_is_what_size_says() -> None:
+    """64 users of 10 GiB beside 131 GiB of weights: no 8 GPUs of 40 GiB hold that."""
+    done = subprocess.run([sys.executable, ROOT / "examples" / "size_a_purchase.py"], capture_output=True, text=True)
+    bf16 = done.stdout.split("fp8 KV")[0]
+    for row in kvplan.size(model="70b", context_tokens="32k", batch_size=64).gpus:
+        if row.num_gpus is not None:
+            assert re.search(rf"^ +{row.num_gpus} × {re.escape(row.display_name)} ", bf16, re.M)
+            assert row.num_gpus * row.memory_bytes > 770 * 2**30
 
 
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)

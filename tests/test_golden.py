@@ -607,3 +607,23 @@ def test_a_batch_that_kv_does_not_hold_is_short_of_kv_and_not_of_logits() -> Non
     plan = kvplan.size(model="8b", gpu="h100", context_tokens=1024, batch_size=100_000)
     assert plan.fits is False and plan.request.max_num_seqs == 1024
     assert plan.memory.kv_cache_bytes == kvplan.size(model="8b", gpu="h100", context_tokens=1024).memory.kv_cache_bytes
+
+
+def test_vllm_shares_experts_over_data_parallel_ranks_and_other_engines_copy_them() -> None:
+    """94 layers × 128 experts × 3 × 4,096 × 1,536 × 2 B: a quarter of it on each of 4 ranks, an eighth on each of 8."""
+    experts = 94 * 128 * 3 * 4096 * 1536 * 2
+
+    def weights(**fields: Any) -> int:
+        asked = {"model": "qwen3-235b-a22b", "gpu": "h200", "tp_size": 4, "context_tokens": 8192} | fields
+        return kvplan.size(compare=False, **asked).memory.weights_bytes or 0
+
+    assert weights() - weights(dp_size=2) == experts // 4 - experts // 8
+    assert weights(dp_size=2) == weights(dp_size=2, ep=True)
+    assert weights(dp_size=2, engine="sglang") == weights()
+    assert weights(model="70b", dp_size=2) == weights(model="70b")
+
+
+def test_a_pipeline_stage_captures_graphs_of_its_own_layers() -> None:
+    """80 layers on 3 stages are 27 on the fullest: 27 × 14 MiB + 128 MiB."""
+    plan = kvplan.size(model="70b", gpu="h100", tp_size=2, pp_size=3, context_tokens=8192, compare=False)
+    assert plan.memory.graph_bytes == (27 * 14 + 128) * 2**20

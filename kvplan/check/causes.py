@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 from kvplan.check.basis import Basis, model_of
-from kvplan.check.changes import Change, memory_changes, rule_changes
+from kvplan.check.changes import Change, gpus_of, memory_changes, rule_changes
 from kvplan.check.result import Cause, Term
 from kvplan.check.server import ServerReport
 from kvplan.check.terms import SETTING_LABELS, memory_terms, plan_of, rule_terms
@@ -37,7 +37,7 @@ def find_causes(report: ServerReport, basis: Basis, plan: SizePlan, terms: Seque
                 ) -> tuple[Cause, ...]:  # fmt: skip
     """Causes of the drifted terms, the settings that differ first."""
     drifted = {term.name: term for term in terms if term.verdict == "drifted"}
-    found = [*_taken_before(report, drifted), *_overridden(report, drifted)]
+    found = [*_taken_before(report, drifted), *_overridden(report, drifted), *_other_gpu(plan, drifted)]
     settings = [term for term in drifted.values() if term.name in ("model", *SETTING_LABELS) and term.source == "given"]
     if settings:
         return (*found, *_settings(settings, drifted, report, basis, tolerance))
@@ -98,6 +98,22 @@ def _overridden(report: ServerReport, drifted: Mapping[str, Term]) -> Iterator[C
     if blocks is not None and drifted.keys() & {"num_blocks", "capacity_tokens"}:
         yield Cause("blocks_override", f"the server was told to use {blocks:,} blocks, whatever memory it has",
                     "remove --num-gpu-blocks-override", ("num_blocks", "capacity_tokens"))  # fmt: skip
+
+
+def _other_gpu(plan: SizePlan, drifted: Mapping[str, Term]) -> Iterator[Cause]:
+    """GPUs that have as much memory as the server's, where that is not the planned one's."""
+    total = drifted.get("total_bytes")
+    if total is None or not isinstance(total.observed, int):
+        return
+    names = gpus_of(total.observed)
+    if not names or plan.request.gpu in names:
+        return
+    message = (
+        f"the server's GPU has {format_gib(total.observed)}, as {' or '.join(names)} has, "
+        f"not {format_gib(plan.memory.total_bytes)}"
+    )
+    terms = tuple(name for name in ("total_bytes", "usable_bytes") if name in drifted)
+    yield Cause("other_gpu", message, "name the server's GPU with --gpu (nvidia-smi shows it)", terms)
 
 
 def _explaining(changes: Iterator[Change], names: Set[str], report: ServerReport, basis: Basis, tolerance: float
@@ -178,8 +194,9 @@ def _contributions(kv: Term | None, terms: Sequence[Term]) -> list[Cause]:
     causes = []
     for taken, term in sorted(found, key=lambda pair: -abs(pair[0])):
         code, fix = _WHY[term.name]
+        more = "more" if (term.difference or 0.0) > 0 else "less"
         message = (
-            f"{term.label}: {format_gib(int(abs(taken)))} {'more' if taken > 0 else 'less'} than planned, "
+            f"{term.label}: {format_gib(int(abs(taken)))} {more} than planned, "
             f"{format_percent(taken / missing, 0)} of the difference in KV memory"
         )
         causes.append(Cause(code, message, fix, ("kv_cache_bytes", term.name)))

@@ -95,6 +95,12 @@ def memory_changes(report: ServerReport, basis: Basis, plan: SizePlan) -> Iterat
         yield from _gpu_changes(plan)
 
 
+def gpus_of(memory_bytes: int) -> list[str]:
+    """The bundled GPUs that have so much memory, the closest first."""
+    found = [gpu for gpu in map(load_gpu, gpu_names()) if abs(gpu.memory_bytes / memory_bytes - 1) <= SAME_MEMORY]
+    return [gpu.name for gpu in sorted(found, key=lambda gpu: abs(gpu.memory_bytes - memory_bytes))]
+
+
 def _gpu_changes(plan: SizePlan) -> Iterator[Change]:
     """GPUs of another size of memory, those of one size together."""
     planned = resolve_gpu(plan.request.gpu or "")

@@ -93,7 +93,9 @@ def _usage_error(error: Exception) -> int:
     message = " ".join(str(error.format_message()).split()).rstrip(".")
     from kvplan.errors import InputError
 
-    report_error(InputError(message[:1].lower() + message[1:], hint=f"see `{path} --help`"))
+    takes_model = context is not None and any("--model" in parameter.opts for parameter in context.command.params)
+    instead = "write --model NAME, or " if takes_model and "unexpected extra argument" in message else ""
+    report_error(InputError(message[:1].lower() + message[1:], hint=f"{instead}see `{path} --help`"))
     return int(getattr(error, "exit_code", 2))
 
 

@@ -58,7 +58,9 @@ KV_CACHE_DTYPE = Declared(
 GPU = Declared(("--gpu",), "GPU (`kvplan gpus`), or local", HARDWARE, complete.gpus)
 TP = Declared(("--tp", "--tensor-parallel-size", "--tp-size"), "Tensor parallel ranks", HARDWARE)
 PP = Declared(("--pp", "--pipeline-parallel-size", "--pp-size"), "Pipeline ranks", HARDWARE)
-DP = Declared(("--dp", "--data-parallel-size", "--dp-size"), "Replicas", HARDWARE)
+DP = Declared(
+    ("--dp", "--data-parallel-size", "--dp-size"), "Replicas; on vLLM ranks that share a model's experts", HARDWARE
+)
 DCP = Declared(
     ("--dcp", "--decode-context-parallel-size", "--dcp-size"), "Decode context parallel ranks within TP", HARDWARE
 )
@@ -111,7 +113,10 @@ OnePipelineParallel = Annotated[int, PP.one()]
 OneDataParallel = Annotated[int, DP.one()]
 OneDecodeContextParallel = Annotated[int, DCP.one()]
 ExpertParallel = Annotated[
-    bool, typer.Option("--ep", "--enable-expert-parallel", help="Split experts over TP × DP.", rich_help_panel=HARDWARE)
+    bool,
+    typer.Option(
+        "--ep", "--enable-expert-parallel", help="Deal experts whole to the TP × DP ranks.", rich_help_panel=HARDWARE
+    ),
 ]
 Engine = Annotated[
     str,

@@ -75,7 +75,11 @@ class ItlPlan(NamedTuple):
         fits: whether the KV of the batch fits at once, and a stated ``max_num_seqs`` lets it run; None when memory is
             unknown.
         roofline_s: weights and KV at peak bandwidth, experts as skewed routing touches them.
+        interval_s: [low, high] of ``itl_s``, 80%.
         interval_note: what the interval comes from, in words.
+        load: TPOT, TTFT and running requests where a load was asked about (``plan.load.tpot_s``); None for one step.
+        facts: what all points of the deployment share; ``facts.request`` is the request as resolved.
+        point: what was asked at this point.
 
     """
 

@@ -87,7 +87,7 @@ def make_itl_request(options: Mapping[str, Any]) -> ItlRequest:
     if size.model is None:
         raise InputError("no model given", hint="--model takes a name (70b), a hub id, a folder or a config.json")
     if size.gpu is None:
-        raise InputError("no GPU named, and latency depends on it", hint="add --gpu h200 (`kvplan gpus` lists them)")
+        raise InputError("no GPU named, and latency depends on it", hint="add --gpu h200; `kvplan gpus` lists them")
     return ItlRequest(size, "kv_cache_dtype" in rest, **own)
 
 

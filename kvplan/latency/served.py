@@ -22,7 +22,7 @@ from kvplan.latency.parameters import Traits
 from kvplan.latency.request import ItlRequest, resolve_model_or_sibling
 from kvplan.latency.step import LoadFeatures, StepFeatures
 from kvplan.memory.cache_plan import CachePlan
-from kvplan.memory.engines import parse_version, resolve_engine
+from kvplan.memory.engines import ENGINES, parse_version, resolve_engine
 from kvplan.memory.setup import Setup, budget_of, cache_plan, set_up, weights_of
 from kvplan.model_config.types import ModelConfig
 from kvplan.roofline import Peaks, peaks_of
@@ -207,6 +207,7 @@ def serve(request: ItlRequest) -> Served:
     deployment = resolve_deployment(
         is_moe=model.is_moe, tp_size=size.tp_size, pp_size=size.pp_size, dp_size=size.dp_size, ep=size.ep,
         attention_dp_size=request.attention_dp_size, moe_tp_size=request.moe_tp_size, moe_ep_size=request.moe_ep_size,
+        experts_span_dp=ENGINES[engine].experts_span_dp,
     )  # fmt: skip
     notes += deployment.notes
     _, _, precision = weight_dtypes(model, dtype)
@@ -263,7 +264,7 @@ def serve(request: ItlRequest) -> Served:
             layout=replace(deployment, num_replicas=1).describe(),
         ),
         kv_speed=speed,
-        available_bytes=_available_bytes(setup, request, traffic),
+        available_bytes=_available_bytes(setup, deployment),
         max_running=size.max_num_seqs or setup.default_num_seqs,
         notes=tuple(notes),
     )
@@ -284,14 +285,10 @@ def family_of(model: ModelConfig) -> str:
     return f"{model.model_type}-{model.num_layers}x{model.hidden_size}" + (f"-e{experts}" if experts else "")
 
 
-def _available_bytes(setup: Setup, request: ItlRequest, traffic: Traffic) -> int | None:
+def _available_bytes(setup: Setup, deployment: Deployment) -> int | None:
     """KV budget of one GPU: the sizing budget, with the weights of this split of attention and experts."""
-    deployment = traffic.deployment
-    plain = deployment.attention_dp_size == 1 and deployment.expert_parallel_size == 1
-    weights = weights_of(setup) if plain or request.size.weights_bytes is not None else None
-    if weights is None:
-        setup = replace(
-            setup, request=replace(setup.request, weights_bytes=traffic.resident_weight_bytes // deployment.pp_size)
-        )
-    budget = budget_of(setup, weights)
+    spread = deployment.attention_dp_size > 1 or deployment.expert_parallel_size > 1
+    request = replace(setup.request, dp_size=deployment.attention_dp_size, ep=spread)
+    setup = replace(setup, request=request)
+    budget = budget_of(setup, weights_of(setup))
     return -budget.excess_bytes if budget.excess_bytes else budget.kv_bytes

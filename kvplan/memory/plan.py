@@ -202,8 +202,17 @@ class SizePlan:
     """The whole answer. Bytes are per GPU unless a name says otherwise.
 
     Attributes:
+        request: what was asked, with defaults filled in.
+        model: what was read of the model; None for one from flags.
+        kv_cache: bytes a token, blocks, capacity, groups of layers.
+        memory: the budget of one GPU, each term with its source.
         fits: whether the engine starts and holds the batch; None without a budget. Where no context and no batch is
             asked about, KV bytes that are given count as there: what the engine's allocator makes of them.
+        answers: how many requests, how long, what is missing.
+        comparison, gpus: other KV formats; without a GPU, the fewest of each that would do.
+        ledger: where the KV bytes of one GPU go, holding ``ledger_requests``.
+        advice: what to change, with what it wins.
+        rules: formulas of the engine with their numbers.
 
     """
 

@@ -28,8 +28,9 @@ class SizeRequest:
         gpu_memory_bytes: total memory of one GPU; overrides the profile's.
         engine: ``vllm``, ``sglang``, ``tensorrt-llm`` or ``generic``.
         engine_version: picks an engine's formulas and defaults, e.g. ``0.33``.
-        tp_size, pp_size, dp_size, dcp_size: tensor, pipeline, data and decode-context parallel ranks.
-        ep: experts split over ``tp_size × dp_size`` ranks.
+        tp_size, pp_size, dp_size, dcp_size: tensor, pipeline, data and decode-context parallel ranks; data
+            parallel ones are replicas, of which vLLM's share a model's experts.
+        ep: experts are dealt whole to ``tp_size × dp_size`` ranks.
         enable_prefix_caching: hybrids keep state copies for it.
         kv_cache_dtype: a format of the engine, or ``ELEMENT:GRANULARITY[:SCALE]``.
         weight_dtype: how weights are stored; None follows the checkpoint.

@@ -45,6 +45,12 @@ class Setup:
         return self.request.dp_size
 
     @property
+    def expert_ranks(self) -> int:
+        """Ranks that share the experts; 1 splits them over TP alone."""
+        spread = self.request.ep or (self.engine.experts_span_dp and self.request.dp_size > 1)
+        return self.request.tp_size * self.request.dp_size if spread else 1
+
+    @property
     def batch_per_replica(self) -> int:
         """Requests the fullest replica holds; 1 when no batch was asked for."""
         return ceil_div(self.request.batch_size or 1, self.num_replicas)
@@ -218,8 +224,7 @@ def weights_of(setup: Setup) -> WeightBytes | None:
         return WeightBytes(
             share, {}, total, "assumed", f"{request.num_parameters:,} parameters of {bits} bits, split evenly"
         )
-    ep = request.tp_size * request.dp_size if request.ep else 1
-    return weight_bytes(setup.model, tp_size=request.tp_size, pp_size=request.pp_size, ep_size=ep,
+    return weight_bytes(setup.model, tp_size=request.tp_size, pp_size=request.pp_size, ep_size=setup.expert_ranks,
                         weight_dtype=request.weight_dtype)  # fmt: skip
 
 
@@ -235,7 +240,7 @@ def budget_of(setup: Setup, weights: WeightBytes | None) -> Budget:
         batched_tokens=setup.batched_tokens,
         num_seqs=setup.options.max_num_seqs,
         tp_size=request.tp_size,
-        num_layers=setup.model.num_layers,
+        num_layers=ceil_div(setup.model.num_layers, request.pp_size),
         version=".".join(map(str, setup.options.version or ())) or setup.engine.version,
         subtracts_graphs=setup.engine.name != "vllm" or rules.subtracts_graphs,
         kv_cache_memory_bytes=request.kv_cache_memory_bytes,

@@ -80,7 +80,7 @@ def _headline(console: Console, plan: SizePlan) -> None:
         _line(console, "custom model from flags", "bold")
     rules = "exact rules" if cache.rules == "exact" else "approximation"
     _line(console, f"{describe_gpus(plan)} · {cache.engine} {cache.engine_version}, {rules}")
-    _line(console, f"KV {cache.kv_cache_dtype}, blocks of {cache.block_size_tokens:,} tokens")
+    _line(console, f"KV {cache.kv_cache_dtype}, blocks of {format_count(cache.block_size_tokens, 'token')}")
     for note in model.notes if model is not None else ():
         _line(console, f"note: {note}", "yellow")
 
@@ -96,7 +96,9 @@ def _verdict(console: Console, plan: SizePlan) -> None:
         weights = plan.memory.weights_bytes
         if weights:
             whole = weights * request.tp_size * request.pp_size
-            line += f", {answers.kv_needed_bytes / whole:,.1f}× the weights ({format_bytes(whole)})"
+            ratio = answers.kv_needed_bytes / whole
+            said = f"{ratio:,.1f}×" if ratio >= 1 else f"{format_percent(ratio)} of"
+            line += f", {said} the weights ({format_bytes(whole)})"
         _line(console, line, "bold")
         return
     if plan.memory.excess_bytes:
@@ -179,7 +181,7 @@ def _memory(console: Console, plan: SizePlan) -> None:
         style = "bold" if key == "kv_cache_bytes" else None
         if term.detail.startswith(OUTSIDE):
             label = label.replace("− ", "")
-        shown = "unknown" if value is None else f"{value / 2**30:,.2f}"
+        shown = format_gib(value).removesuffix(" GiB")
         add_row(table, label, shown, term.source or "", term.detail, style=style)
     console.print(table)
     console.print()

@@ -342,3 +342,12 @@ def test_the_library_and_json_say_the_same(tmp_path: Path) -> None:
     assert [t["name"] for t in found["terms"]] == [t.name for t in result.terms]
     assert found["reported"]["weights_bytes"]["where"].startswith("line 2: Model loading took 14.99 GiB")
     assert found["causes"][0]["code"] == "kv_dtype"
+
+
+def test_another_gpu_than_planned_is_named_by_its_memory() -> None:
+    """79.25 GiB where 139.80 were planned: 60.55 less."""
+    log = Path(__file__).parent / "logs" / "vllm-0.31-llama-3.1-8b-a100.log"
+    causes = {cause.code: cause.message for cause in kvplan.check_log(log, gpu="h200").causes}
+    assert causes["other_gpu"].startswith("the server's GPU has 79.25 GiB, as a100-80gb-sxm or a100-80gb-pcie or h100")
+    assert causes["gpu_memory"].startswith("GPU memory: 60.55 GiB less than planned")
+    assert not kvplan.check_log(log, gpu="a100").causes

@@ -14,6 +14,10 @@ from kvplan.deployment import Deployment, resolve_deployment
         ({"tp_size": 2, "dp_size": 3}, Deployment(2, num_replicas=3)),
         # vLLM: --data-parallel-size 8 --enable-expert-parallel on a model with experts: attention DP, EP over all
         ({"tp_size": 1, "dp_size": 8, "ep": True, "is_moe": True}, Deployment(1, 8, 8)),
+        # without the second flag vLLM splits the experts like columns over all ranks; other engines have replicas
+        ({"tp_size": 2, "dp_size": 4, "is_moe": True, "experts_span_dp": True}, Deployment(2, 4)),
+        ({"tp_size": 2, "dp_size": 4, "is_moe": True}, Deployment(2, num_replicas=4)),
+        ({"tp_size": 2, "dp_size": 4, "experts_span_dp": True}, Deployment(2, num_replicas=4)),
         # the same flags on a dense model are replicas
         ({"tp_size": 1, "dp_size": 8, "ep": True}, Deployment(1, num_replicas=8)),
         ({"tp_size": 8, "ep": True, "is_moe": True}, Deployment(8, 1, 8)),

@@ -330,3 +330,24 @@ def test_a_load_whose_requests_do_not_fit_one_by_one_has_no_times(kvplan_cli: Ca
     words = "itl --model 70b --gpu h100 --tp 2 --isl 120k --osl 1k --concurrency 4"
     assert "does not fit: KV holds not one request so long" in kvplan_cli(*words.split()).out
     assert '"fits": false' in kvplan_cli(*words.split(), "--json").out
+
+
+@pytest.mark.parametrize(
+    "split",
+    [
+        {"model": "qwen3-235b-a22b", "tp_size": 8},
+        {"model": "qwen3-235b-a22b", "tp_size": 4, "dp_size": 2},
+        {"model": "qwen3-235b-a22b", "tp_size": 4, "dp_size": 2, "ep": True},
+        {"model": "qwen3-235b-a22b", "tp_size": 8, "ep": True},
+        {"model": "qwen3-235b-a22b", "tp_size": 4, "pp_size": 2},
+        {"model": "deepseek-v3", "dp_size": 8, "ep": True, "kv_cache_dtype": "bf16"},
+        {"model": "deepseek-v3", "dp_size": 8, "kv_cache_dtype": "bf16"},
+        {"model": "gpt-oss-120b", "tp_size": 2, "ep": True, "engine": "sglang"},
+        {"model": "70b", "tp_size": 4, "dp_size": 2, "engine": "tensorrt-llm"},
+    ],
+)
+def test_itl_fits_exactly_what_size_fits(split: dict[str, Any]) -> None:
+    asked = {**split, "gpu": "h200", "context_tokens": 16384}
+    most = kvplan.size(compare=False, **asked).answers.max_batch_at_context
+    assert most is not None and most > 0
+    assert [kvplan.itl(**asked, batch_size=batch).fits for batch in (most, most + 1)] == [True, False]

@@ -33,6 +33,8 @@ class Engine:
         exact: whether the rules reproduce the engine's allocator.
         default_num_seqs: requests a replica runs at once unless told, for a GPU and version; None where the rules do
             not say (SGLang works it out from its pool).
+        experts_span_dp: data-parallel ranks share the experts of a model though no expert parallelism is asked for
+            (vLLM's ``docs/serving/data_parallel_deployment.md``); else they are replicas.
 
     """
 
@@ -45,6 +47,7 @@ class Engine:
     fraction_source: str
     exact: bool
     default_num_seqs: Callable[[GpuSpec | None, tuple[int, ...]], int | None] = lambda gpu, version: None
+    experts_span_dp: bool = False
 
 
 def _vllm_plan(model: ModelConfig, options: EngineOptions) -> CachePlan:
@@ -98,7 +101,7 @@ ENGINES: dict[str, Engine] = {
     engine.name: engine
     for engine in (
         Engine("vllm", "0.33", _vllm_plan, "total", _vllm_fraction, "--gpu-memory-utilization",
-               "vllm/config/cache.py", True, _vllm_num_seqs),
+               "vllm/config/cache.py", True, _vllm_num_seqs, experts_span_dp=True),
         Engine("sglang", "0.5", _sglang_plan, "static", _sglang_fraction, "--mem-fraction-static",
                "sglang/srt/server_args.py", False),
         Engine("tensorrt-llm", "1.3", _tensorrt_llm_plan, "free", _constant(0.9), "free_gpu_memory_fraction",
