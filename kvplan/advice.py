@@ -14,6 +14,7 @@ from kvplan.memory.plan import Advice, FormatRow, SizePlan
 from kvplan.memory.planner import fits
 from kvplan.memory.setup import Setup, budget_of, cache_plan, set_up, weights_of
 from kvplan.model_config import AttentionCache
+from kvplan.model_config.types import beyond_claim
 from kvplan.units import format_count, format_gib, format_percent, format_ratio, format_tokens
 
 WORTH_SAYING = 1.05
@@ -160,14 +161,10 @@ def _unnamed_gpu(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[Ad
 
 
 def _beyond_model(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[Advice]:
-    limit = setup.model.max_context_tokens
     longest = max(setup.context_tokens, setup.max_model_len_tokens)
-    if limit is not None and longest > limit:
-        yield Advice(
-            code="beyond_model_context",
-            message=f"{format_tokens(longest)} tokens is beyond the {format_tokens(limit)} the checkpoint claims: "
-            "engines refuse it unless told to scale RoPE",
-        )
+    message = beyond_claim(longest, setup.model.max_context_tokens)
+    if message is not None:
+        yield Advice(code="beyond_model_context", message=message)
 
 
 def _warnings(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[Advice]:

@@ -627,3 +627,13 @@ def test_a_pipeline_stage_captures_graphs_of_its_own_layers() -> None:
     """80 layers on 3 stages are 27 on the fullest: 27 × 14 MiB + 128 MiB."""
     plan = kvplan.size(model="70b", gpu="h100", tp_size=2, pp_size=3, context_tokens=8192, compare=False)
     assert plan.memory.graph_bytes == (27 * 14 + 128) * 2**20
+
+
+@pytest.mark.parametrize("engine", ["sglang", "tensorrt-llm"])
+def test_rules_that_do_not_tell_gpus_apart_say_so_of_nvfp4(engine: str) -> None:
+    asked: dict[str, Any] = {"model": "8b", "engine": engine, "context_tokens": 8192, "kv_cache_dtype": "nvfp4"}
+    said = {
+        gpu: any("is not known here" in advice.message for advice in kvplan.size(gpu=gpu, **asked).advice)
+        for gpu in ("h100", "b200")
+    }
+    assert said == {"h100": True, "b200": False}

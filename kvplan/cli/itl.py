@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvplan.cli import complete, options
-from kvplan.cli.lists import contexts, counts, size_bytes, words
+from kvplan.cli.lists import contexts, counts, named, size_bytes
 from kvplan.cli.stated import refuse_beside_cases
 from kvplan.errors import InputError, KvplanError, UnknownNameError, shorten
 from kvplan.units import parse_tokens
@@ -122,15 +122,17 @@ def itl_command(
         "kv_cache_memory_bytes": size_bytes(kv_cache_memory, "--kv-cache-memory-bytes"),
     }
     lists: dict[str, list[Any]] = {
-        "gpu": words(gpu),
+        "gpu": named(gpu, "--gpu"),
         "tp_size": counts(tp, "--tp", MAX_BATCH),
         "pp_size": counts(pp, "--pp", MAX_BATCH),
         "dp_size": counts(dp, "--dp", MAX_BATCH),
-        "kv_cache_dtype": words(kv_cache_dtype),
+        "kv_cache_dtype": named(kv_cache_dtype, "--kv-cache-dtype"),
     }
     load = (isl, osl, concurrency)
     if any(value is not None for value in load):
         _load(fixed, lists, load, ctx, length_spread, as_json, explain)
+    elif length_spread is not None:
+        raise InputError("--length-spread is of a load", hint="add --isl 8k --osl 1k --concurrency 64")
     else:
         lists["batch_size"] = counts(batch, "--batch", MAX_BATCH)
         _lines(fixed, lists, _ascending(DEFAULT_CONTEXTS if ctx is None else ctx), as_json, explain)

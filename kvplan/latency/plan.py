@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from kvplan.latency.request import POINT_NAMES, Point
 from kvplan.memory.request import Source
+from kvplan.model_config.types import beyond_claim
 
 DEFINITIONS = {
     "itl_s": "inter-token latency: one gap between tokens of a request, which is one decode step",
@@ -55,7 +56,7 @@ class Load(NamedTuple):
 
 
 class DeploymentFacts(NamedTuple):
-    """What all points of one deployment share: the resolved request, sources, notes."""
+    """What all points of one deployment share: the resolved request, sources, notes, the checkpoint's own limit."""
 
     request: dict[str, Any]
     num_gpus: int
@@ -63,6 +64,7 @@ class DeploymentFacts(NamedTuple):
     source: Source
     source_detail: str
     notes: tuple[str, ...]
+    claimed_context_tokens: int | None = None
 
 
 class ItlPlan(NamedTuple):
@@ -103,6 +105,13 @@ class ItlPlan(NamedTuple):
         return self.facts.source
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What was taken for granted of the deployment, and that a request is longer than its checkpoint claims."""
+        longest = (self.point.input_tokens or 0) + (self.point.output_tokens or 0) or self.point.context_tokens
+        beyond = beyond_claim(longest or 0, self.facts.claimed_context_tokens)
+        return self.facts.notes if beyond is None else (*self.facts.notes, beyond)
+
+    @property
     def tokens_per_s_per_user(self) -> float:
         """Tokens a second one request receives."""
         return 1 / (self.load.tpot_s if self.load is not None else self.itl_s)
@@ -131,7 +140,7 @@ class ItlPlan(NamedTuple):
             "fits": self.fits,
             "tokens_per_s_per_user": self.tokens_per_s_per_user,
             "tokens_per_s_per_gpu": self.tokens_per_s_per_gpu,
-            "notes": list(self.facts.notes),
+            "notes": list(self.notes),
         }
         if self.load is not None:
             load = self.load

@@ -145,6 +145,7 @@ def facts_of(served: Served) -> DeploymentFacts:
         source=source,
         source_detail=detail,
         notes=served.notes,
+        claimed_context_tokens=served.model.max_context_tokens,
     )
 
 

@@ -294,3 +294,13 @@ class ExactWeights:
     total_bytes: int
     source: str
     tensors: tuple[tuple[str, int], ...] = ()
+
+
+def beyond_claim(tokens: int, claimed_tokens: int | None) -> str | None:
+    """What is to be said of a request longer than the checkpoint claims to read; None of others."""
+    if claimed_tokens is None or tokens <= claimed_tokens:
+        return None
+    return (
+        f"{tokens:,} tokens is beyond the {claimed_tokens:,} the checkpoint claims: engines refuse it unless told to "
+        "scale RoPE"
+    )

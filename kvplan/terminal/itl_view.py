@@ -28,7 +28,7 @@ def _headline(page: Page, served: Served, plan: ItlPlan) -> None:
         f"{served.model.name} · {precision} weights · {count} × {served.gpu.display_name} ({facts.describe})", "bold"
     )
     page.line(f"{facts.request['engine']} {facts.request['engine_version']} · {facts.source}: {facts.source_detail}")
-    for note in facts.notes:
+    for note in plan.notes:
         page.line(f"note: {note}", "yellow")
 
 
@@ -36,7 +36,7 @@ def _headlines(page: Page, pairs: list[tuple[Served, ItlPlan]]) -> None:
     """One headline for each deployment that differs in more than its KV format."""
     shown = set()
     for served, plan in pairs:
-        key = (served.gpu.name, plan.facts.describe, plan.facts.notes)
+        key = (served.gpu.name, plan.facts.describe, plan.notes)
         if key not in shown:
             shown.add(key)
             _headline(page, served, plan)
@@ -45,7 +45,7 @@ def _headlines(page: Page, pairs: list[tuple[Served, ItlPlan]]) -> None:
 
 def show_lines(page: Page, lines: list[ItlLine], failures: list[tuple[str, str]], *, explain: bool = False) -> None:
     """Everything about ITL over context."""
-    _headlines(page, [(line.served, line.plans[0]) for line in lines])
+    _headlines(page, [(line.served, line.plans[-1]) for line in lines])
     _table(page, lines)
     _plot(page, lines)
     for line in lines:

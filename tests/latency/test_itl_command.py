@@ -153,6 +153,8 @@ def test_cases_answer_line_by_line_and_never_stop(kvplan_cli: Callable[..., Any]
     [
         ((*BASE, "--ctx", "128k..1k"), "runs backwards"),
         ((*BASE, "--ctx", "8k,1k"), "does not ascend"),
+        ((*BASE, "--length-spread", "0.2"), "--length-spread is of a load"),
+        ((*BASE, "--kv-cache-dtype", ""), "--kv-cache-dtype has no value"),
         ((*BASE, "--ctx", "1k,1k"), "does not ascend"),
         ((*BASE, "--ctx", "0"), "between 1 and"),
         ((*BASE, "--ctx=-5"), "not a token count"),
@@ -351,3 +353,16 @@ def test_itl_fits_exactly_what_size_fits(split: dict[str, Any]) -> None:
     most = kvplan.size(compare=False, **asked).answers.max_batch_at_context
     assert most is not None and most > 0
     assert [kvplan.itl(**asked, batch_size=batch).fits for batch in (most, most + 1)] == [True, False]
+
+
+def test_a_request_longer_than_the_checkpoint_claims_is_said_to_be(kvplan_cli: Callable[..., Ran]) -> None:
+    asked: dict[str, Any] = {"model": "70b", "gpu": "h100", "tp_size": 8}
+    step, load = (
+        kvplan.itl(**asked, context_tokens=131_073),
+        kvplan.itl(**asked, input_tokens=131_072, output_tokens=1024, concurrency=1),
+    )
+    assert "131,073 tokens is beyond the 131,072 the checkpoint claims" in step.as_dict()["notes"][-1]
+    assert "132,096 tokens is beyond" in load.notes[-1]
+    assert kvplan.itl(**asked, context_tokens=131_072).notes == ()
+    out = kvplan_cli("itl", "--model", "70b", "--gpu", "h100", "--tp", "8", "--ctx", "64k..256k").out
+    assert "note: 262,144 tokens is beyond the 131,072" in " ".join(out.split())

@@ -6,7 +6,7 @@ They share one way of building pages, per token, without pools that pages of sev
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from kvplan.dtypes import AUTO, KV_FORMATS, KvFormat, kv_format
@@ -75,10 +75,6 @@ def plan_cache(rules: Rules, model: ModelConfig, options: EngineOptions) -> Cach
             for page in _pages(cache, rules, model, fmt, block, options):
                 buckets.setdefault(page, []).append((index, page))
     groups = tuple(make_group(members) for members in buckets.values())
-    asked = ".".join(map(str, options.version or ()))
-    warnings = () if not asked or _is_of(asked, rules.version) else (
-        f"no rules were read for {rules.name} {asked}: those of {rules.version} are used",
-    )  # fmt: skip
     return CachePlan(
         engine=rules.name,
         version=rules.version,
@@ -90,8 +86,17 @@ def plan_cache(rules: Rules, model: ModelConfig, options: EngineOptions) -> Cach
         unified_pool=False,
         dcp_size=options.dcp_size,
         rules=(("block size", f"{block} tokens", rules.source),),
-        warnings=warnings,
+        warnings=tuple(_warnings(rules, fmt, options)),
     )
+
+
+def _warnings(rules: Rules, fmt: KvFormat, options: EngineOptions) -> Iterator[str]:
+    asked = ".".join(map(str, options.version or ()))
+    if asked and not _is_of(asked, rules.version):
+        yield f"no rules were read for {rules.name} {asked}: those of {rules.version} are used"
+    gpu = options.gpu
+    if rules.formats is not None and fmt.name.startswith("nvfp4") and gpu is not None and not options.is_sm100_family:
+        yield f"whether {rules.name} runs {fmt.name} KV on {gpu.display_name} is not known here: it is made for sm100"
 
 
 def _is_of(version: str, series: str) -> bool:
