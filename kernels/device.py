@@ -7,7 +7,8 @@ import triton
 
 from .unpack import BITS, PLAIN, PTX
 
-REGISTERS_PER_SM = 65536
+REGISTERS_PER_QUARTER = 16384
+"""Of a multiprocessor, which has four such partitions; a warp's registers lie in one of them."""
 CTA_RESERVED_SHARED_BYTES = 1024
 MAX_WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 103: 64, 120: 48}
 MAX_CTAS = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 103: 32, 120: 24}
@@ -50,7 +51,7 @@ class KernelFacts:
         by_shared = SHARED_BYTES_PER_SM.get(arch, 102400) // (self.shared_bytes + CTA_RESERVED_SHARED_BYTES)
         by_warps = MAX_WARPS.get(arch, 48) // self.num_warps
         rounded = -(-(self.registers or 255) // 8) * 8
-        by_registers = REGISTERS_PER_SM // (rounded * 32) // self.num_warps
+        by_registers = REGISTERS_PER_QUARTER // (rounded * 32) * 4 // self.num_warps
         return max(1, min(by_shared, by_warps, by_registers, MAX_CTAS.get(arch, 16)))
 
 

@@ -7,6 +7,7 @@ import pytest
 from kvplan.kernels import configs
 from kvplan.kernels.bench import choose as module
 from kvplan.kernels.bench.decode_attention import DecodeCell
+from kvplan.kernels.device import KernelFacts
 from kvplan.kernels.formats import HEAD_DIMS
 
 
@@ -52,3 +53,16 @@ def test_no_shape_has_more_than_four_candidates(element_bits, head_dim, group_si
     candidates = configs.decode_configs(90, element_bits, head_dim, group_size)
     assert 1 <= len(candidates) <= 4
     assert len(set(candidates)) == len(candidates)
+
+
+@pytest.mark.parametrize(
+    ("num_warps", "registers", "programs"),
+    [
+        (2, 168, 6),  # a warp of 5,376 registers: 3 in each quarter of 16,384, 12 in all
+        (2, 200, 4),  # 6,400: 2 in each quarter, 8 in all, although ten would fit 65,536
+        (4, 255, 2),
+        (1, 128, 16),
+    ],
+)
+def test_programs_a_multiprocessor_holds_go_by_the_registers_of_its_quarters(num_warps, registers, programs):
+    assert KernelFacts("attend", num_warps, registers, 0, shared_bytes=4096).ctas_per_sm(90) == programs
