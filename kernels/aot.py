@@ -19,9 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .configs import Config, decode_configs, mla_config
-from .decode_attention.kernel import attend
-from .decode_attention.kernel4 import attend4
-from .decode_attention.plan import SCALE_CODES, join_stages, split_head_dim
+from .decode_attention.plan import SCALE_CODES, decode_kernel, join_stages, split_head_dim
 from .formats import FOUR_BIT_HEAD_DIMS, HEAD_DIMS, LATENT_ROW_BYTES, kv_format
 from .mla_decode import FORMAT_CODES
 from .mla_decode.kernel import attend_latent
@@ -87,9 +85,10 @@ def _signature(case: DecodeCase) -> tuple[dict, dict, dict]:
     }
     if case.kv_dtype == "fp16":
         types["q_ptr"] = types["out_ptr"] = "*fp16"
-    kernel = _kernel(case)
+    kernel = decode_kernel(case.kv_dtype)
     if fmt.element_bits == 4:
-        types |= dict.fromkeys(("k_scale_ptr", "v_scale_ptr"), "*fp16" if case.kv_dtype == "int4" else "*u8")
+        packed = "*u32" if case.head_dim == 64 else "*u64"
+        types |= dict.fromkeys(("k_scale_ptr", "v_scale_ptr"), packed if case.kv_dtype == "int4" else "*u8")
         types |= {"k_ptr": "*u16", "global_ptr": "*fp32"}
     constants = {n: c for n, c in constants.items() if n in kernel.arg_names}
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
@@ -97,13 +96,9 @@ def _signature(case: DecodeCase) -> tuple[dict, dict, dict]:
     return signature, constants, aligned
 
 
-def _kernel(case: DecodeCase) -> object:
-    return attend if kv_format(case.kv_dtype).element_bits >= 8 else attend4
-
-
 def compile_case(case: DecodeCase) -> object:
     """Triton's compiled kernel for `case`; needs no GPU."""
-    return _compile(_kernel(case), *_signature(case), case.arch, case.config)
+    return _compile(decode_kernel(case.kv_dtype), *_signature(case), case.arch, case.config)
 
 
 def _compile(kernel: object, signature: dict, constants: dict, aligned: dict, arch: int, config: Config) -> object:
@@ -226,7 +221,7 @@ def shipped_cases(arch: int) -> list[DecodeCase]:
 
 
 def usual_cases(arch: int) -> list[DecodeCase]:
-    """The defaults for 8 query heads a KV head and head_dim 128: 16-bit, and 8-bit with every kind of scale."""
+    """The defaults for 8 query heads a KV head and head_dim 128: 16-bit, int4, and 8-bit with every kind of scale."""
     pairs = (
         ("bf16", "none"),
         ("fp8_e4m3", "tensor"),
@@ -234,6 +229,7 @@ def usual_cases(arch: int) -> list[DecodeCase]:
         ("fp8_e4m3", "token_head_inline"),
         ("fp8_e5m2", "token_head"),
         ("int8", "token_head"),
+        ("int4", "block"),
     )
     return [
         DecodeCase(

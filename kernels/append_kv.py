@@ -112,40 +112,46 @@ def _append(
 
 
 @triton.jit
-def _code4(y, FORMAT: tl.constexpr):
-    """4-bit codes (int32) of scaled values: int4 (4) plus 8, e2m1 (5) to the nearest, ties to even."""
-    if FORMAT == 4:
-        code = _round_to_int(tl.minimum(tl.maximum(y, -7.0), 7.0)) + 8
-    else:
-        x = tl.abs(y)
-        up = (x > 0.25).to(tl.int32) + (x >= 0.75).to(tl.int32) + (x > 1.25).to(tl.int32) + (x >= 1.75).to(tl.int32)
-        up += (x > 2.5).to(tl.int32) + (x >= 3.5).to(tl.int32) + (x > 5.0).to(tl.int32)
-        code = up | ((y.to(tl.int32, bitcast=True) >> 28) & 8)
-    return code
+def _append_int4_row(new_at, row_ptr, scale_ptr, global_scale, D: tl.constexpr):
+    """One row of an int4 cache: a scale a block, then codes, four planes to a word."""
+    PLANE: tl.constexpr = min(32, D // 4)
+    SECTIONS: tl.constexpr = D // (4 * PLANE)
+    blocks = tl.arange(0, D // 32)
+    x = tl.load(new_at + tl.arange(0, D)).to(tl.float32).reshape([D // 32, 32])
+    scale = tl.div_rn(tl.div_rn(tl.max(tl.abs(x), 1), 7.0), global_scale)
+    scale = tl.maximum(scale, 2.0**-14).to(tl.float16)
+    tl.store(scale_ptr + blocks, scale)
+    y = tl.div_rn(x, (scale.to(tl.float32) * global_scale)[:, None])
+    codes = _round_to_int(tl.minimum(tl.maximum(y, -7.0), 7.0)) + 8
+    planes = tl.reshape(codes, [SECTIONS, 4, PLANE]) << (4 * tl.arange(0, 4))[None, :, None]
+    at = tl.arange(0, SECTIONS)[:, None] * PLANE + tl.arange(0, PLANE)[None, :]
+    tl.store(row_ptr.to(tl.pointer_type(tl.uint16), bitcast=True) + at, tl.sum(planes, 1).to(tl.uint16))
 
 
 @triton.jit
-def _append4_row(new_at, row_ptr, scale_ptr, global_scale, D: tl.constexpr, FORMAT: tl.constexpr):
-    """One row of a 4-bit cache: block scales, then codes, two in a byte."""
-    block_dims: tl.constexpr = 32 if FORMAT == 4 else 16
-    blocks = tl.arange(0, D // block_dims)
-    pairs = tl.arange(0, block_dims // 2)
-    byte = blocks[:, None] * (block_dims // 2) + pairs[None, :]
+def _code_e2m1(y):
+    """e2m1 codes (int32) of scaled values: to the nearest, ties to even."""
+    x = tl.abs(y)
+    up = (x > 0.25).to(tl.int32) + (x >= 0.75).to(tl.int32) + (x > 1.25).to(tl.int32) + (x >= 1.75).to(tl.int32)
+    up += (x > 2.5).to(tl.int32) + (x >= 3.5).to(tl.int32) + (x > 5.0).to(tl.int32)
+    return up | ((y.to(tl.int32, bitcast=True) >> 28) & 8)
+
+
+@triton.jit
+def _append_nvfp4_row(new_at, row_ptr, scale_ptr, global_scale, D: tl.constexpr):
+    """One row of an nvfp4 cache: a scale a block, then codes, two in a byte."""
+    blocks = tl.arange(0, D // 16)
+    byte = blocks[:, None] * 8 + tl.arange(0, 8)[None, :]
     even = tl.load(new_at + 2 * byte).to(tl.float32)
     odd = tl.load(new_at + 2 * byte + 1).to(tl.float32)
     largest = tl.maximum(tl.max(tl.abs(even), 1), tl.max(tl.abs(odd), 1))
-    if FORMAT == 4:
-        scale = tl.maximum(tl.div_rn(tl.div_rn(largest, 7.0), global_scale), 2.0**-14).to(tl.float16)
-        tl.store(scale_ptr + blocks, scale)
-        step = scale.to(tl.float32) * global_scale
-    else:
-        scale = tl.div_rn(tl.div_rn(largest, 6.0), global_scale)
-        code = encode_float8(tl.minimum(tl.maximum(scale, 2.0**-6), 448.0), 3, 7)
-        tl.store(scale_ptr + blocks, code)
-        step = (((code.to(tl.int32) >> 3) + 120) << 23 | ((code.to(tl.int32) & 7) << 20)).to(tl.float32, bitcast=True)
-        step *= global_scale
-    low = _code4(tl.div_rn(even, step[:, None]), FORMAT)
-    high = _code4(tl.div_rn(odd, step[:, None]), FORMAT)
+    scale = tl.div_rn(tl.div_rn(largest, 6.0), global_scale)
+    code = encode_float8(tl.minimum(tl.maximum(scale, 2.0**-6), 448.0), 3, 7)
+    tl.store(scale_ptr + blocks, code)
+    step = (((code.to(tl.int32) >> 3) + 120) << 23 | ((code.to(tl.int32) & 7) << 20)).to(tl.float32, bitcast=True)
+    step *= global_scale
+    low = _code_e2m1(tl.div_rn(even, step[:, None]))
+    high = _code_e2m1(tl.div_rn(odd, step[:, None]))
     tl.store(row_ptr + byte, (low | (high << 4)).to(tl.uint8))
 
 
@@ -180,8 +186,12 @@ def _append4(
         new_at = token.to(tl.int64) * stride_new_token + head * stride_new_head
         row = page * stride_page + in_page * stride_token + head * stride_head
         scale = page * stride_scale_page + in_page * stride_scale_token + head * stride_scale_head
-        _append4_row(k_new_ptr + new_at, k_ptr + row, k_scale_ptr + scale, tl.load(global_ptr), D, FORMAT)
-        _append4_row(v_new_ptr + new_at, v_ptr + row, v_scale_ptr + scale, tl.load(global_ptr + 1), D, FORMAT)
+        if FORMAT == 4:
+            _append_int4_row(k_new_ptr + new_at, k_ptr + row, k_scale_ptr + scale, tl.load(global_ptr), D)
+            _append_int4_row(v_new_ptr + new_at, v_ptr + row, v_scale_ptr + scale, tl.load(global_ptr + 1), D)
+        else:
+            _append_nvfp4_row(k_new_ptr + new_at, k_ptr + row, k_scale_ptr + scale, tl.load(global_ptr), D)
+            _append_nvfp4_row(v_new_ptr + new_at, v_ptr + row, v_scale_ptr + scale, tl.load(global_ptr + 1), D)
 
 
 def append_kv(k: torch.Tensor, v: torch.Tensor, cache: PagedKvCache, slots: torch.Tensor) -> None:

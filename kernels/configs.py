@@ -29,12 +29,12 @@ def _capped(*shapes: tuple[int, int, int], registers: int | None = 168) -> tuple
 
 # (bits of an element, head_dim, more than 8 query heads a KV head)
 _DECODE = {
-    (4, 64, False): _capped((32, 1, 3), registers=None),
-    (4, 128, False): _capped((32, 1, 3), (64, 1, 3), registers=None),
-    (4, 256, False): _capped((32, 2, 3), registers=200),
-    (4, 64, True): _capped((32, 1, 3), registers=None),
-    (4, 128, True): _capped((32, 2, 3), registers=None),
-    (4, 256, True): _capped((32, 4, 3), registers=None),
+    (4, 64, False): _capped((128, 1, 3), (64, 1, 3), registers=None),
+    (4, 128, False): _capped((64, 1, 3), registers=None) + _capped((32, 1, 3), (32, 1, 4)),
+    (4, 256, False): _capped((64, 2, 3), registers=None),
+    (4, 64, True): _capped((32, 2, 3), registers=200),
+    (4, 128, True): _capped((32, 1, 3), (64, 2, 3), registers=None),
+    (4, 256, True): _capped((32, 2, 3), registers=None),
     (8, 64, False): _capped((64, 2, 3), (64, 2, 4)),
     (8, 80, False): _capped((64, 2, 3), (64, 4, 3)),
     (8, 96, False): _capped((64, 2, 3), registers=None) + _capped((64, 4, 3)),

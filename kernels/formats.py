@@ -58,6 +58,15 @@ SCALE_BLOCK_DIMS = {"int4": 32, "nvfp4": 16}
 FOUR_BIT_HEAD_DIMS = (64, 128, 256)
 
 
+def int4_plane_dims(head_dim: int) -> int:
+    """Dims of a plane of an int4 row: 32, one block, or a quarter of a smaller row.
+
+    A row is one or two sections of four planes; nibble j of a section's 16-bit word w is dim j * plane + w of it.
+    (nvfp4 rows are in order: a byte holds dims 2i and 2i + 1, the even one in its low nibble.)
+    """
+    return min(32, head_dim // 4)
+
+
 def kv_format(name: str) -> KvFormat:
     """The format called `name`; ValueError, listing the known ones, when there is none."""
     if name not in FORMATS:

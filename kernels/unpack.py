@@ -1,4 +1,4 @@
-"""Device functions: 8-bit KV codes to float16, exactly.
+"""Device functions: KV codes to float16, exactly.
 
 `UNPACK` says how: 0 plain casts (the interpreter; ROCm, never run there), 1 integer bit arithmetic (sm_80 and sm_86,
 which have no e4m3 conversion), 2 PTX (sm_89 and later).
@@ -120,51 +120,23 @@ def unpack_pairs(x16, FORMAT: tl.constexpr, UNPACK: tl.constexpr):
 
 
 @triton.jit
-def _nibble_to_f16(nibble, FORMAT: tl.constexpr):
-    """Codes 0 to 15 (uint16) to float16: int4 (4) minus 8; e2m1 (5) by moving its bits, 2**-6 of its value."""
-    if FORMAT == 4:
-        y = (nibble.to(tl.float32) - 8.0).to(tl.float16)
-    else:
-        moved = ((nibble & 7) << 9) | ((nibble & 8) << 12)
-        y = moved.to(tl.uint16).to(tl.float16, bitcast=True) * 256.0
-    return y
+def _e2m1_to_f16(nibble):
+    """e2m1 codes 0 to 15 (uint16) to float16 by moving their bits: `E2M1_UNIT` of the value."""
+    moved = ((nibble & 7) << 9) | ((nibble & 8) << 12)
+    return moved.to(tl.uint16).to(tl.float16, bitcast=True) * 256.0
 
 
 @triton.jit
-def unpack_words(x, FORMAT: tl.constexpr, UNPACK: tl.constexpr):
-    """uint16 words of four 4-bit codes to four float16 tensors, lowest first. FORMAT: 4 int4, 5 e2m1.
+def unpack_e2m1(x, UNPACK: tl.constexpr):
+    """uint16 words of four e2m1 codes to four float16 tensors, lowest first, as `E2M1_UNIT` of their values.
 
-    e2m1 comes out as `E2M1_UNIT` of its value: its bits sit in an e4m3 code as they are, subnormals alike, and that
-    becomes float16 exactly.
+    The bits of e2m1 sit in an e4m3 code as they are, subnormals alike, and that becomes float16 exactly.
     """
     if UNPACK == 0:
-        a = _nibble_to_f16(x & 0xF, FORMAT)
-        b = _nibble_to_f16((x >> 4) & 0xF, FORMAT)
-        c = _nibble_to_f16((x >> 8) & 0xF, FORMAT)
-        d = _nibble_to_f16(x >> 12, FORMAT)
-    elif FORMAT == 4:  # 0x64n0 is 1024 + 16 n: n - 8 after a multiplication by 1/16 and a subtraction of 72
-        a, b, c, d = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 upper, sixteenth, minus72, minus1032;
-            mov.b32 minus1032, 0xE408E408;
-            mov.b32 minus72, 0xD480D480;
-            mov.b32 sixteenth, 0x2C002C00;
-            shr.u32 upper, $4, 8;
-            lop3.b32 $0, $4, 0x000F000F, 0x64006400, 0xEA;
-            lop3.b32 $1, $4, 0x00F000F0, 0x64006400, 0xEA;
-            lop3.b32 $2, upper, 0x000F000F, 0x64006400, 0xEA;
-            lop3.b32 $3, upper, 0x00F000F0, 0x64006400, 0xEA;
-            add.f16x2 $0, $0, minus1032;
-            fma.rn.f16x2 $1, $1, sixteenth, minus72;
-            add.f16x2 $2, $2, minus1032;
-            fma.rn.f16x2 $3, $3, sixteenth, minus72;
-            }""",
-            "=&r,=&r,=&r,=&r,r",
-            [x],
-            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
-            is_pure=True,
-            pack=2,
-        )
+        a = _e2m1_to_f16(x & 0xF)
+        b = _e2m1_to_f16((x >> 4) & 0xF)
+        c = _e2m1_to_f16((x >> 8) & 0xF)
+        d = _e2m1_to_f16(x >> 12)
     elif UNPACK == 2:  # s0eem00 of an e4m3 code; bytes in the order in which the conversion takes pairs
         a, b, c, d = tl.inline_asm_elementwise(
             """{
@@ -207,5 +179,77 @@ def unpack_words(x, FORMAT: tl.constexpr, UNPACK: tl.constexpr):
             dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
             is_pure=True,
             pack=2,
+        )
+    return a, b, c, d
+
+
+@triton.jit
+def unpack_planes(x, UNPACK: tl.constexpr):
+    """uint16 words of four nibbles to four float16 tensors: the nibbles times 2**-24, 2**-20, 2**-24, 2**-20."""
+    if UNPACK == 0:
+        a = (x & 0xF).to(tl.uint16).to(tl.float16, bitcast=True)
+        b = (x & 0xF0).to(tl.uint16).to(tl.float16, bitcast=True)
+        c = ((x >> 8) & 0xF).to(tl.uint16).to(tl.float16, bitcast=True)
+        d = ((x >> 8) & 0xF0).to(tl.uint16).to(tl.float16, bitcast=True)
+    else:
+        a, b, c, d = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 upper;
+            shr.u32 upper, $4, 8;
+            and.b32 $0, $4, 0x000F000F;
+            and.b32 $1, $4, 0x00F000F0;
+            and.b32 $2, upper, 0x000F000F;
+            and.b32 $3, upper, 0x00F000F0;
+            }""",
+            "=&r,=&r,=&r,=&r,r",
+            [x],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    return a, b, c, d
+
+
+@triton.jit
+def unpack_scales(x, WIDE: tl.constexpr, UNPACK: tl.constexpr):
+    """Four float16 numbers in a uint64 to four tensors, lowest first, as they are or `WIDE`, in FP32.
+
+    A uint32 holds two, each of which is then given twice.
+    """
+    DTYPE: tl.constexpr = tl.float32 if WIDE else tl.float16
+    if x.dtype.primitive_bitwidth == 32:
+        a = x.to(tl.uint16).to(tl.float16, bitcast=True).to(DTYPE)
+        c = (x >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(DTYPE)
+        b = a
+        d = c
+    elif UNPACK == 0:
+        a = x.to(tl.uint16).to(tl.float16, bitcast=True).to(DTYPE)
+        b = (x >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(DTYPE)
+        c = (x >> 32).to(tl.uint16).to(tl.float16, bitcast=True).to(DTYPE)
+        d = (x >> 48).to(tl.uint16).to(tl.float16, bitcast=True).to(DTYPE)
+    elif WIDE:
+        a, b, c, d = tl.inline_asm_elementwise(
+            """{
+            .reg .b16 a, b, c, d;
+            mov.b64 {a, b, c, d}, $4;
+            cvt.f32.f16 $0, a;
+            cvt.f32.f16 $1, b;
+            cvt.f32.f16 $2, c;
+            cvt.f32.f16 $3, d;
+            }""",
+            "=f,=f,=f,=f,l",
+            [x],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        a, b, c, d = tl.inline_asm_elementwise(
+            "mov.b64 {$0, $1, $2, $3}, $4;",
+            "=h,=h,=h,=h,l",
+            [x],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+            is_pure=True,
+            pack=1,
         )
     return a, b, c, d

@@ -9,14 +9,18 @@ from ..device import KernelFacts, architecture, interpreting, loaded_facts, resi
 from ..paged_cache import PagedKvCache
 from .join import RADIX
 from .kernel import attend
-from .kernel4 import attend4
+from .kernel_int4 import attend_int4
+from .kernel_nvfp4 import attend_nvfp4
 
 BATCH_BUCKETS = (1, 32, 128, 1024, 8192)
-_ONLY_WIDE = ("DA", "DB", "SCALES", "EXACT_DOT")
-"""Flags of the 8-bit and 16-bit kernel that the 4-bit one has not."""
 SCALE_CODES = {"none": 0, "tensor": 1, "head": 1, "token_head": 2, "token_head_inline": 3, "block": 0}
 LEVELS = 4
 """Levels of the join: enough for RADIX**LEVELS = 4096 chunks."""
+
+
+def decode_kernel(kv_dtype: str):
+    """The kernel that reads caches of `kv_dtype`."""
+    return {"int4": attend_int4, "nvfp4": attend_nvfp4}.get(kv_dtype, attend)
 
 
 def join_stages(cells: int, tile_bytes: int, num_stages: int) -> int:
@@ -113,9 +117,8 @@ class DecodePlan:
             "num_stages": self.config.num_stages,
             **({"maxnreg": self.config.max_registers} if self.config.max_registers else {}),
         }
-        self._kernel = attend if cache.fmt.element_bits >= 8 else attend4
-        if self._kernel is attend4:
-            self._flags = {k: v for k, v in self._flags.items() if k not in _ONLY_WIDE}
+        self._kernel = decode_kernel(cache.fmt.name)
+        self._flags = {k: v for k, v in self._flags.items() if k.islower() or k in self._kernel.arg_names}
         self.num_chunks = num_chunks or 1
         self._allocate(cache)
         self.facts = self._compile(cache)
@@ -154,6 +157,9 @@ class DecodePlan:
         k, v = cache.k, cache.v if cache.fmt.element_bits == 16 else cache.v.view(torch.uint16)
         if cache.fmt.element_bits == 4:
             k = k.view(torch.uint16)
+        if cache.fmt.name == "int4":
+            packed = torch.uint32 if cache.head_dim == 64 else torch.uint64
+            k_scale, v_scale = k_scale.view(packed), v_scale.view(packed)
         args = (
             *(q, k, v, k_scale, v_scale, q if self.sinks is None else self.sinks),
             *(cache.block_table, cache.seq_lens, out, self._partial, self._partial_lse, self._arrived),
@@ -162,7 +168,7 @@ class DecodePlan:
             *strides,
             *scale_strides,
             *(cache.block_table.stride(0), out.stride(0)),
-            *([cache.global_scales] if self._kernel is attend4 else []),
+            *([cache.global_scales] if cache.global_scales is not None else []),
         )
         return args, self._flags
 

@@ -5,7 +5,7 @@ e4m3 and e5m2 are the OCP 8-bit formats (OFP8 specification, 2023); scales are F
 
 import torch
 
-from ..formats import SCALE_BLOCK_DIMS, KvFormat
+from ..formats import SCALE_BLOCK_DIMS, KvFormat, int4_plane_dims
 
 SMALLEST_SCALE = 1e-12
 """A row of zeros gets this scale, so that no division by zero follows."""
@@ -62,6 +62,23 @@ def _codes4(y: torch.Tensor, fmt: KvFormat) -> torch.Tensor:
     return torch.stack(steps).sum(0).to(torch.uint8) | (torch.signbit(y).to(torch.uint8) << 3)
 
 
+def pack_nibbles(codes: torch.Tensor, fmt: KvFormat) -> torch.Tensor:
+    """Bytes `[..., head_dim / 2]` of codes `[..., head_dim]`, laid out as `formats` says."""
+    if fmt.name == "int4":  # [..., section, plane, word] to [..., section, word, plane]
+        plane = int4_plane_dims(codes.shape[-1])
+        codes = codes.unflatten(-1, (-1, 4, plane)).transpose(-1, -2).flatten(-3)
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def unpack_nibbles(packed: torch.Tensor, fmt: KvFormat) -> torch.Tensor:
+    """Codes `[..., head_dim]`, uint8, of packed rows: the inverse of `pack_nibbles`."""
+    codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
+    if fmt.name == "int4":
+        plane = int4_plane_dims(codes.shape[-1])
+        codes = codes.unflatten(-1, (-1, plane, 4)).transpose(-1, -2).flatten(-3)
+    return codes
+
+
 def quantise_blocks(
     x: torch.Tensor, fmt: KvFormat, global_scale: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -79,15 +96,14 @@ def quantise_blocks(
     stored = scale.clamp_min(SMALLEST_BLOCK_SCALE[fmt.name])
     stored = stored.half() if fmt.name == "int4" else stored.clamp_max(448).to(torch.float8_e4m3fn)
     codes = _codes4(blocks / (stored.float() * global_scale)[..., None], fmt).flatten(-2)
-    packed = codes[..., 0::2] | (codes[..., 1::2] << 4)
-    return packed, stored if fmt.name == "int4" else stored.view(torch.uint8), global_scale
+    return pack_nibbles(codes, fmt), stored if fmt.name == "int4" else stored.view(torch.uint8), global_scale
 
 
 def dequantise_blocks(
     packed: torch.Tensor, fmt: KvFormat, scales: torch.Tensor, global_scale: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
     """Values `[..., head_dim]` of packed rows in `dtype`."""
-    codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
+    codes = unpack_nibbles(packed, fmt)
     if fmt.name == "int4":
         values = codes.to(dtype) - 8
     else:

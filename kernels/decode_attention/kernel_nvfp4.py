@@ -1,34 +1,26 @@
-"""Decode attention over 4-bit caches: int4 (an FP16 scale for 32 numbers), nvfp4 (an e4m3 scale for 16, one FP32).
+"""Decode attention over nvfp4 caches: e2m1 codes, an e4m3 scale for 16 of them, one FP32 for all.
 
-The scheme is `kernel`'s; what differs is the row. A byte holds dims 2i (low nibble) and 2i + 1; K and
-V are loaded as 16-bit words of four dims, each of which gives four tiles of every fourth dim. Codes become float16
-exactly and take their block's scale there (nvfp4: e2m1 times e4m3 has at most 6 significant bits and stays exact; int4
-rounds once, to 11 bits).
+The scheme is `kernel`'s; what differs is the row. A byte holds dims 2i (low nibble) and 2i + 1; K and V are loaded as
+16-bit words of four dims, each of which gives four tiles of every fourth dim. Codes become float16 and take their
+block's scale there: e2m1 times e4m3 has at most 6 significant bits and stays exact.
 """
 
 import triton
 import triton.language as tl
 
 from ..schedule import cut_batch, sequence_tiles
-from ..unpack import E2M1_UNIT, unpack_elements, unpack_words
+from ..unpack import E2M1_UNIT, unpack_e2m1, unpack_elements
 from .join import join_pieces, piece_of
 from .kernel import MIN_TILES, NOT_SPECIALISED, OFFSET
 
 
 @triton.jit
-def _block_scales(ptr, at, FORMAT: tl.constexpr, UNPACK: tl.constexpr):
-    """Scales at `at` as float16."""
-    scales = tl.load(ptr + at)
-    if FORMAT == 5:
-        scales = unpack_elements(scales, 1, UNPACK)
-    return scales
-
-
-@triton.jit
-def _spread(scales, WORDS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Scales of the words, `[WORDS, BLOCK_N]`, from those of the blocks, `[BLOCKS, BLOCK_N]`."""
-    each = tl.broadcast_to(scales[:, None, :], [BLOCKS, WORDS // BLOCKS, BLOCK_N])
-    return tl.reshape(each, [WORDS, BLOCK_N])
+def _word_scales(scales, WORDS: tl.constexpr, UNPACK: tl.constexpr):
+    """Scales of the words as float16, `[WORDS, tokens]`, from the codes of the blocks, `[blocks, tokens]`."""
+    scales = unpack_elements(scales, 1, UNPACK)
+    blocks: tl.constexpr = scales.shape[0]
+    each = tl.broadcast_to(scales[:, None, :], [blocks, WORDS // blocks, scales.shape[1]])
+    return tl.reshape(each, [WORDS, scales.shape[1]])
 
 
 @triton.jit
@@ -42,11 +34,11 @@ def _store_words(ptr, acc0, acc1, acc2, acc3, columns_ok, ROWS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALISED)
-def attend4(
+def attend_nvfp4(
     q_ptr,
     k_ptr,  # uint16
     v_ptr,
-    k_scale_ptr,  # FP16, or e4m3 codes as uint8
+    k_scale_ptr,  # e4m3 codes as uint8
     v_scale_ptr,
     sink_ptr,
     block_table_ptr,
@@ -82,7 +74,6 @@ def attend4(
     PAGE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
-    FORMAT: tl.constexpr,  # 4 int4, 5 nvfp4
     SOFT_CAP: tl.constexpr,
     WINDOW: tl.constexpr,
     SINKS: tl.constexpr,
@@ -105,15 +96,16 @@ def attend4(
         return
 
     WORDS: tl.constexpr = D // 4
-    BLOCKS: tl.constexpr = D // 32 if FORMAT == 4 else D // 16
+    BLOCKS: tl.constexpr = D // 16
     heads = tl.arange(0, GP)
     words = tl.arange(0, WORDS)
     blocks = tl.arange(0, BLOCKS)
     slots = tl.arange(0, BLOCK_N)
     head_ok = heads < G
-    unit: tl.constexpr = 1.0 if FORMAT == 4 else 1.0 / E2M1_UNIT
-    logit_scale = scale_log2e * unit * tl.load(global_ptr)
-    v_scale = unit * tl.load(global_ptr + 1)
+    logit_scale = scale_log2e / E2M1_UNIT * tl.load(global_ptr)
+    v_scale = tl.load(global_ptr + 1) / E2M1_UNIT
+    k_offsets = (slots * stride_k_token * 8)[:, None]
+    v_offsets = (slots * stride_v_token * 8)[None, :]
     for seq in tl.range(first_seq, last_seq + 1, num_stages=1):
         seq_len = tl.load(seq_lens_ptr + seq)
         seq_first, seq_tiles = sequence_tiles(seq_len, window, BLOCK_N, WINDOW)
@@ -126,7 +118,10 @@ def attend4(
         last_page = (tl.maximum(seq_len, 1) - 1) // PAGE
         begin = seq_first + from_tile
         end = seq_first + to_tile
-        next_pages = tl.load(table + tl.minimum((begin * BLOCK_N + slots) // PAGE, last_page))
+        if PAGE >= BLOCK_N:
+            next_page = tl.load(table + begin * BLOCK_N // PAGE)
+        else:
+            next_page = tl.load(table + tl.minimum((begin * BLOCK_N + slots) // PAGE, last_page))
         q_at = q_ptr + seq * stride_q_batch.to(tl.int64) + (kv_head * G + heads)[None, :] * stride_q_head
         q_at += 4 * words[:, None]
         q0 = tl.load(q_at, mask=head_ok[None, :], other=0.0).to(tl.float16)
@@ -141,22 +136,29 @@ def attend4(
         acc3 = tl.zeros([WORDS, GP], tl.float32)
         for t in tl.range(begin, end, num_stages=STAGES):
             token = t * BLOCK_N
-            pages = next_pages
-            next_pages = tl.load(table + tl.minimum((token + BLOCK_N + slots) // PAGE, last_page))
-            # a token that is masked reads the sequence's last row: what unused slots hold never enters
-            in_page = tl.minimum(token + slots, seq_len - 1) % PAGE
+            page = next_page
+            if PAGE >= BLOCK_N:  # the page of the next tile is fetched one tile ahead
+                next_page = tl.load(table + tl.minimum((token + BLOCK_N) // PAGE, last_page))
+                in_page = token % PAGE
+            else:
+                next_page = tl.load(table + tl.minimum((token + BLOCK_N + slots) // PAGE, last_page))
+                in_page = slots % PAGE
             valid = slots < seq_len - token
             if WINDOW:
                 valid = valid & (slots >= first_token - token)
-            k_rows = (pages * stride_k_page + in_page * stride_k_token + kv_head * stride_k_head).to(tl.int64) * 8
-            v_rows = (pages * stride_v_page + in_page * stride_v_token + kv_head * stride_v_head).to(tl.int64) * 8
-            scale_rows = (
-                pages * stride_scale_page + in_page * stride_scale_token + kv_head * stride_scale_head
-            ) * BLOCKS
-            k = tl.load(k_ptr + k_rows[:, None] + words[None, :])
-            k0, k1, k2, k3 = unpack_words(k, FORMAT, UNPACK)
-            k_scales = _block_scales(k_scale_ptr, scale_rows[None, :] + blocks[:, None], FORMAT, UNPACK)
-            k_scales = tl.trans(_spread(k_scales, WORDS, BLOCKS, BLOCK_N))
+            k_unit = (page * stride_k_page + in_page * stride_k_token + kv_head * stride_k_head).to(tl.int64) * 8
+            v_unit = (page * stride_v_page + in_page * stride_v_token + kv_head * stride_v_head).to(tl.int64) * 8
+            scale_row = page * stride_scale_page + in_page * stride_scale_token + kv_head * stride_scale_head
+            if PAGE >= BLOCK_N:
+                k_at = k_ptr + k_unit + k_offsets
+                v_at = v_ptr + v_unit + v_offsets
+                scale_row += slots * stride_scale_token
+            else:
+                k_at = (k_ptr + k_unit)[:, None]
+                v_at = (v_ptr + v_unit)[None, :]
+            scale_at = (scale_row * BLOCKS)[None, :] + blocks[:, None]
+            k0, k1, k2, k3 = unpack_e2m1(tl.load(k_at + words[None, :]), UNPACK)
+            k_scales = tl.trans(_word_scales(tl.load(k_scale_ptr + scale_at), WORDS, UNPACK))
             logits = tl.zeros([BLOCK_N, GP], tl.float32)
             logits = tl.dot(k0 * k_scales, q0, logits)
             logits = tl.dot(k1 * k_scales, q1, logits)
@@ -172,10 +174,9 @@ def attend4(
             weights = tl.exp2(logits - (new_peak - OFFSET)[None, :])
             weight_sum = weight_sum * decay[None, :] + weights
             w = weights.to(tl.float16)
-            v = tl.load(v_ptr + v_rows[None, :] + words[:, None])
-            v0, v1, v2, v3 = unpack_words(v, FORMAT, UNPACK)
-            v_scales = _block_scales(v_scale_ptr, scale_rows[None, :] + blocks[:, None], FORMAT, UNPACK)
-            v_scales = _spread(v_scales, WORDS, BLOCKS, BLOCK_N)
+            v0, v1, v2, v3 = unpack_e2m1(tl.load(v_at + words[:, None]), UNPACK)
+            v_scales = tl.load(v_scale_ptr + scale_at, mask=valid[None, :], other=0)
+            v_scales = _word_scales(v_scales, WORDS, UNPACK)
             acc0 = tl.dot(v0 * v_scales, w, acc0 * decay[None, :])
             acc1 = tl.dot(v1 * v_scales, w, acc1 * decay[None, :])
             acc2 = tl.dot(v2 * v_scales, w, acc2 * decay[None, :])
