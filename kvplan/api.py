@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvplan.errors import KvplanError
@@ -12,14 +12,17 @@ from kvplan.search import size as _size
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from typing import Unpack
 
     from kvplan.check.result import CheckResult
     from kvplan.check.server import ServerReport
+    from kvplan.document.fleet import Progress
     from kvplan.document.schema import Fleet, Report
+    from kvplan.keywords import ItlKeywords, ReportKeywords, SizeKeywords
     from kvplan.latency.plan import ItlPlan
 
 
-def size(*, compare: bool = True, **options: Any) -> SizePlan:
+def size(*, compare: bool = True, **options: Unpack[SizeKeywords]) -> SizePlan:
     """Size the KV cache of a model on given GPUs.
 
     Args:
@@ -42,7 +45,7 @@ def size(*, compare: bool = True, **options: Any) -> SizePlan:
     return _size(make_request(options), compare=compare)
 
 
-def size_from_log(log: str | Path | ServerReport, *, compare: bool = True, **changes: Any) -> SizePlan:
+def size_from_log(log: str | Path | ServerReport, *, compare: bool = True, **changes: Unpack[SizeKeywords]) -> SizePlan:
     """Size a server anew, from what it reported in its start-up log and what would be different.
 
     Args:
@@ -66,12 +69,12 @@ def size_from_log(log: str | Path | ServerReport, *, compare: bool = True, **cha
     from kvplan.check.what_if import WhatIf
 
     report = read_log(Path(log)) if isinstance(log, str | Path) else log
-    changes = {name: value for name, value in changes.items() if value is not None}
-    identity = {name: value for name, value in changes.items() if name in IDENTITY}
-    return WhatIf(report, identity).plan(changes, compare=compare)
+    given = {name: value for name, value in changes.items() if value is not None}
+    identity = {name: value for name, value in given.items() if name in IDENTITY}
+    return WhatIf(report, identity).plan(given, compare=compare)
 
 
-def itl(**options: Any) -> ItlPlan:
+def itl(**options: Unpack[ItlKeywords]) -> ItlPlan:
     """Predict the latency of one decode step, or of requests under load.
 
     Args:
@@ -111,7 +114,7 @@ def itl_cases(cases: Iterable[Mapping[str, Any]]) -> list[ItlPlan | KvplanError]
     return plan_cases(cases)
 
 
-def check_log(path: str | Path, *, tolerance: float = 0.05, **options: Any) -> CheckResult:
+def check_log(path: str | Path, *, tolerance: float = 0.05, **options: Unpack[SizeKeywords]) -> CheckResult:
     """Hold a plan against a server's start-up log.
 
     Args:
@@ -135,7 +138,8 @@ def check_log(path: str | Path, *, tolerance: float = 0.05, **options: Any) -> C
 
 
 def check_url(url: str, *, tolerance: float = 0.05, seconds: float = 0.0, timeout_s: float = 20.0,
-              ca_file: str | None = None, token: str | None = None, **options: Any) -> CheckResult:  # fmt: skip
+              ca_file: str | None = None, token: str | None = None,
+              **options: Unpack[SizeKeywords]) -> CheckResult:  # fmt: skip
     """Hold a plan against a running vLLM or SGLang.
 
     Args:
@@ -159,7 +163,7 @@ def check_url(url: str, *, tolerance: float = 0.05, seconds: float = 0.0, timeou
     return reconcile(report, options, tolerance)
 
 
-def report(**options: Any) -> Report:
+def report(**options: Unpack[ReportKeywords]) -> Report:
     """Everything about one deployment: the answer, what FP8 buys, launch commands, waste, what-ifs, sources.
 
     Args:
@@ -185,13 +189,17 @@ def report(**options: Any) -> Report:
     return build(options)
 
 
-def fleet(scenario: str | Path, folder: str | Path | None = None, **options: Any) -> Fleet:
+def fleet(scenario: str | Path, folder: str | Path | None = None, *, formats: Sequence[str] = ("html",),
+          date: str | None = None, force: bool = False, progress: Progress | None = None) -> Fleet:  # fmt: skip
     """Report on every deployment of a scenario file: a page each and an index.
 
     Args:
         scenario: YAML or TOML with a list of ``deployments``, whose fields are those of ``report``.
         folder: where the pages go; None writes nothing.
-        **options: ``formats`` (of ``html``, ``md``, ``json``), ``date``, ``force``, ``progress``.
+        formats: of ``html``, ``md`` and ``json``; the index links to pages of the first.
+        date: on the reports (``2026-11-24``); today without one.
+        force: replace files that exist.
+        progress: called after each deployment with its number, how many there are, and its entry of the index.
 
     Returns:
         The index; an entry that could not be planned says why and stops none of the others.
@@ -204,4 +212,5 @@ def fleet(scenario: str | Path, folder: str | Path | None = None, **options: Any
 
     from kvplan.document.fleet import write_fleet
 
-    return write_fleet(Path(scenario), None if folder is None else Path(folder), **options)
+    return write_fleet(Path(scenario), None if folder is None else Path(folder), formats=formats, date=date,
+                       force=force, progress=progress)  # fmt: skip

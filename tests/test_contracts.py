@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from pydantic import TypeAdapter, ValidationError
@@ -177,3 +177,50 @@ def test_sizing_loads_neither_torch_nor_anything_else_heavy(statement: str) -> N
 
 def test_the_import_check_can_fail() -> None:
     assert loaded("import kvplan.cli.app, numpy, pydantic") == ["numpy", "pydantic"]
+
+
+def test_keywords_are_typed_one_by_one() -> None:
+    """A type checker knows every field that a function takes, and no other."""
+    from kvplan import keywords
+    from kvplan.document.question import OWN_FIELDS, SHAPE_FIELDS
+    from kvplan.latency.request import ALL_FIELDS
+    from kvplan.memory.request import FIELDS
+
+    reported = {*FIELDS, *OWN_FIELDS, "concurrency"} - {*SHAPE_FIELDS, "id"}
+    for typed, taken in (("Size", set(FIELDS)), ("Itl", set(ALL_FIELDS)), ("Report", reported)):
+        assert set(get_type_hints(getattr(keywords, f"{typed}Keywords"))) == taken, typed
+
+
+@pytest.mark.slow
+def test_a_strictly_typed_script_is_told_a_wrong_keyword(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import kvplan\n"
+        'print(kvplan.size(model="70b", gpu="h100", context_tokens="32k").memory.kv_cache_bytes)\n'
+        'print(kvplan.itl(model="70b", gpu="h100", context_tokens=8192).itl_s)\n'
+        "kvplan.size(tp=4)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "script.py"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert [line.partition(": error: ")[2] for line in done.stdout.splitlines() if "error: " in line] == [
+        'Unexpected keyword argument "tp" for "size"  [call-arg]'
+    ]
+
+
+def test_a_model_and_files_may_be_paths(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+    }))  # fmt: skip
+    log = Path(__file__).parent / "check" / "logs" / "vllm-0.31-llama-3.1-8b-a100.log"
+    asked: dict[str, Any] = {"model": config, "gpu": "h100", "context_tokens": 8192}
+    document = kvplan.report(**asked, date="2026-11-24")
+    assert f'"model": "{config}"' in document.as_json()
+    plans = [kvplan.size(**asked), document, kvplan.itl(**asked), kvplan.size_from_log(log, model=config)]
+    assert [plan.as_json() if plan is document else plan.to_json() for plan in plans]  # type: ignore[attr-defined]
+    for option in ("measured", "calibration"):
+        with pytest.raises(kvplan.KvplanError, match=str(tmp_path / "absent")):
+            kvplan.report(**asked, **{option: tmp_path / "absent"})

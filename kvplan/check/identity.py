@@ -64,7 +64,8 @@ def identify(report: ServerReport, stated: Mapping[str, Any]) -> Identity:
         KvplanError: a model or GPU is unknown.
 
     """
-    make_request(stated)  # refuses what is impossible, before it is compared
+    checked = make_request(stated)  # refuses what is impossible, before it is compared
+    stated = {name: getattr(checked, name) for name in stated}
     theirs = model_of(report)
     own_model = _is_servers_model(report, stated, theirs)
     # a model that is not known here has the stated one in its place: what is kept of the report is of neither

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -82,7 +83,11 @@ def make_question(options: Mapping[str, Any]) -> Question:
         measured=None if own.get("measured") is None else Path(_text("measured", own["measured"])),
         calibration=None if own.get("calibration") is None else _text("calibration", own["calibration"]),
         date=iso_date(own.get("date")),
-        inputs={key: value for key, value in options.items() if value is not None and key != "date"},
+        inputs={
+            key: os.fspath(value) if isinstance(value, os.PathLike) else value
+            for key, value in options.items()
+            if value is not None and key != "date"
+        },
     )
 
 
@@ -140,6 +145,8 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
                              hint=f"closest: {', '.join(close)}" if close else None)  # fmt: skip
         if value is None:
             continue
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
         if name in given:
             raise InputError(f"{name} is given twice", hint=f"{shorten(str(key), 40)} means the same")
         given[name] = value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -103,6 +104,7 @@ def _count_or_unstated(name: str, value: Any) -> int | None:
 
 
 def _path(value: Any) -> str | None:
+    value = os.fspath(value) if isinstance(value, os.PathLike) else value
     if value is not None and (not isinstance(value, str) or not value.strip()):
         raise InputError(f"{CALIBRATION} must be the path of a file, not {shorten(repr(value), 40)}")
     return value
