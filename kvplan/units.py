@@ -112,8 +112,8 @@ def format_ratio(value: float | None, digits: int = 2) -> str:
 
 
 def format_percent(value: float | None, digits: int = 1) -> str:
-    """``0.0312`` → ``"3.1%"``."""
-    return "–" if value is None else f"{100 * value:.{digits}f}%"
+    """``0.0312`` → ``"3.1%"``; what rounds to nothing has no sign."""
+    return "–" if value is None else f"{round(100 * value, digits) + 0.0:.{digits}f}%".replace("-", "−")
 
 
 def format_seconds(value: float | None) -> str:

@@ -9,7 +9,7 @@ import typer
 
 from kvplan.errors import InputError
 
-_FIELD = re.compile(r"(?<![\w./'\"-])[a-z]+(?:_[a-z]+)+(?![\w./'\"-])")
+_FIELD = re.compile(r"(?<![\w./'\"-])[a-z]+(?:_[a-z]+)+(?![\w./'\"=-])")
 
 
 def stated(context: typer.Context) -> dict[str, str]:

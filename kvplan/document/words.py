@@ -184,9 +184,14 @@ def _gain(small: Precision, base: Precision | None) -> str:
     if small.capacity_gain is None or base is None:
         return f"{name} holds {users(small.max_users or 0)}; 16-bit KV cannot be used here, so there is no ratio."
     text = f"{name} KV holds {format_ratio(small.capacity_gain)} as many tokens as 16-bit KV"
-    if small.claimed_gain is not None and small.capacity_gain < small.claimed_gain * 0.995:
+    is_less = small.claimed_gain is not None and small.capacity_gain < small.claimed_gain * 0.995
+    if is_less:
         text += f", not the claimed {format_ratio(small.claimed_gain, 0)}"
-    scales = f"scales take {format_percent(small.scale_share)}" if small.scale_share else "its scales take nothing here"
+    if small.scale_share:
+        scales = f"scales take {format_percent(small.scale_share)}"
+    else:
+        rest = "; what is not keys and values keeps its size" if is_less else " here"
+        scales = f"its scales take nothing{rest}"
     held, before = small.max_users or 0, base.max_users or 0
     return (
         f"{text} ({scales})."

@@ -307,6 +307,15 @@ def test_times_that_nothing_was_measured_for_say_so() -> None:
 # ------------------------------------------------------------------------------------------------------------- what if
 
 
+def test_why_a_hybrid_gains_less_than_claimed_is_not_its_scales() -> None:
+    report = kvplan.report(model="qwen3.5-27b", gpu="h100", tp_size=2, context_tokens="14k", concurrency=24)
+    assert (
+        "not the claimed 2× (its scales take nothing; what is not keys and values keeps its size)"
+        in (report.fp8_sentences[0])
+    )
+    assert "-0%" not in report.as_html() and "| 0% |" in report.as_markdown()
+
+
 def test_a_report_on_other_kv_than_itl_takes_says_so() -> None:
     """An unstated KV dtype is the engine's own here, and what public deployments run in `kvplan itl`."""
     asked: dict[str, Any] = {"model": "deepseek-v3", "gpu": "b200", "tp_size": 8, "context_tokens": 8192}
