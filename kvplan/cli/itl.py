@@ -29,8 +29,8 @@ Contexts = Annotated[
     typer.Option(
         "--ctx",
         "--context",
-        help="Tokens of context: 32k, an ascending list 1k,8k,64k, or a range 1k..128k (doubling).  "
-        f"[default: {DEFAULT_CONTEXTS}]",
+        help="Tokens of context: 32k, an ascending list 1k,8k,64k, or a range 1k..64k (doubling). "
+        f"Default: {DEFAULT_CONTEXTS}.",
         rich_help_panel=options.MODEL,
         show_default=False,
     ),
@@ -65,7 +65,8 @@ LengthSpread = Annotated[
     float | None,
     typer.Option(
         "--length-spread",
-        help="How far below nominal lengths are drawn: 0.2 is 0.8–1.0 of nominal, 0 is exact.",
+        help="How far below nominal lengths are drawn: 0.2 is 0.8–1.0 of nominal, 0 is exact. Default: 0.95 of "
+        "nominal on average.",
         rich_help_panel=options.LOAD,
     ),
 ]

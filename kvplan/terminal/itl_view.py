@@ -204,7 +204,12 @@ def show_load(page: Page, plans: list[tuple[str, ItlPlan, Served]], *, explain: 
     page.line(f"intervals: {plans[0][1].interval_note}", "dim")
     for name in ("tpot_s", "ttft_s"):
         page.line(f"{name.removesuffix('_s').upper()}: {DEFINITIONS[name]}", "dim")
-    page.line("closed loop: each client sends its next request when the last one ends; chunked prefill", "dim")
+    lengths = (
+        "" if plans[0][1].point.length_spread is not None else "; lengths average 0.95 of nominal (--length-spread)"
+    )
+    page.line(
+        f"closed loop: each client sends its next request when the last one ends; chunked prefill{lengths}", "dim"
+    )
     if explain:
         for label, plan, served in plans:
             page.line()

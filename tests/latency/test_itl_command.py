@@ -366,3 +366,14 @@ def test_a_request_longer_than_the_checkpoint_claims_is_said_to_be(kvplan_cli: C
     assert kvplan.itl(**asked, context_tokens=131_072).notes == ()
     out = kvplan_cli("itl", "--model", "70b", "--gpu", "h100", "--tp", "8", "--ctx", "64k..256k").out
     assert "note: 262,144 tokens is beyond the 131,072" in " ".join(out.split())
+
+
+def test_a_load_says_what_lengths_it_takes_unless_told(kvplan_cli: Callable[..., Ran]) -> None:
+    words = ["itl", "--model", "8b", "--gpu", "h200", "--isl", "8k", "--osl", "1k", "--concurrency", "4"]
+    assert "lengths average 0.95 of nominal" in " ".join(kvplan_cli(*words).out.split())
+    assert "0.95" not in kvplan_cli(*words, "--length-spread", "0").out
+
+
+def test_help_shows_the_defaults_that_are_no_single_value(kvplan_cli: Callable[..., Ran]) -> None:
+    help_ = " ".join(kvplan_cli("itl", "--help", width=300).out.split())
+    assert "Default: 1k..128k." in help_ and "Default: 0.95 of nominal on average." in help_
