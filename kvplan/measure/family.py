@@ -138,6 +138,9 @@ def kernel_names(kv_dtype: str, latent: bool = False) -> tuple[str, str]:
             f"KV dtype {shorten(kv_dtype)!r}: the bundled kernel of latent attention does not read it",
             hint=f"it reads {', '.join(LATENT_FORMATS)}",
         )
+    if name in LATENT_FORMATS:
+        raise UnsupportedError(f"KV dtype {shorten(kv_dtype)!r}: rows of latent attention, which this shape is not",
+                               hint="--model deepseek-v3 has them")  # fmt: skip
     element, _, rest = name.partition(":")
     granularity, _, scale_dtype = rest.partition(":")
     known = GENERIC_ELEMENTS.get(element)
