@@ -143,6 +143,7 @@ class LatentCalibration:
     """Latent decode attention of one engine on one GPU.
 
     Attributes:
+        num_heads: the fewest and the most query heads of a rank that were measured.
         entries: canonical KV dtype → log parameters, in the order of ``MLA``.
         source: one line for people: engine, version, samples, where from.
 
@@ -152,14 +153,22 @@ class LatentCalibration:
     gpu: str
     hardware: Hardware
     tile_rows: int
+    num_heads: tuple[float, float]
     entries: Mapping[str, Array]
     source: str
+
+    def covers(self, num_heads: int) -> bool:
+        """Whether so many query heads a rank lie within what was measured."""
+        return self.num_heads[0] <= num_heads <= self.num_heads[1]
 
     def latency_s(
         self, kv_dtype: str, batch: int, context_tokens: int, num_heads: int, token_bytes: int
     ) -> float | None:
-        """Seconds of one layer; None for a KV dtype that was not measured, for its products cost what no other's do."""
-        if kv_dtype not in self.entries:
+        """Seconds of one layer; None for a KV dtype or a number of heads that was not measured.
+
+        What products take is told by no other format or number of heads.
+        """
+        if kv_dtype not in self.entries or not self.covers(num_heads):
             return None
         one = (np.array([float(value)]) for value in (batch, context_tokens, num_heads, token_bytes))
         return float(mla_s(self.entries[kv_dtype], LatentCases(*one), self.hardware, self.tile_rows)[0])
@@ -185,17 +194,21 @@ def latent_from_json(data: Mapping[str, Any], where: str, origin: str) -> Latent
     samples = int(check.number(data, "num_samples", "num_samples", 0, 1e12))
     return LatentCalibration(
         data["name"], data["gpu"], hardware_from_json(check, data),
-        int(check.number(data, "tile_rows", "tile_rows", 1, 1024)), entries,
+        int(check.number(data, "tile_rows", "tile_rows", 1, 1024)),
+        check.pair(check.table(data, "valid_range").get("num_heads"), "valid_range.num_heads"), entries,
         f"calibration {data['name']} ({made_with}, {samples:,} samples, {data['date']}, {origin})",
     )  # fmt: skip
 
 
-def find_latent(gpu_name: str, engine: str) -> LatentCalibration | None:
-    """The latent-attention calibration of ``engine`` on ``gpu_name``, measured here or shipped; None without one.
+def find_latent(gpu_name: str, engine: str, num_heads: int) -> LatentCalibration | None:
+    """The calibration of ``engine`` on ``gpu_name`` that covers ``num_heads``, measured here or shipped; or None.
 
     Raises:
         ProfileError: a calibration file breaks its schema.
 
     """
-    found = store.find(KIND, gpu_name, engine)
-    return None if found is None else latent_from_json(found.data, found.where, found.origin)
+    for found in store.matching(KIND, gpu_name, engine):
+        calibration = latent_from_json(found.data, found.where, found.origin)
+        if calibration.covers(num_heads):
+            return calibration
+    return None

@@ -100,13 +100,22 @@ def find(kind: str, gpu_name: str, engine: str) -> Found | None:
         ProfileError: a file of the user's folder is no calibration.
 
     """
+    return next(matching(kind, gpu_name, engine), None)
+
+
+def matching(kind: str, gpu_name: str, engine: str) -> Iterator[Found]:
+    """All of them: the user's, by name, then the one that ships.
+
+    Raises:
+        ProfileError: a file of the user's folder is no calibration.
+
+    """
     gpu = profiles.find("gpus", gpu_name) or gpu_name.strip().lower()
     engine = canonical_engine(engine)
-    own = [found for found in _own() if _matches(found.data, kind, gpu, engine)]
+    yield from [found for found in _own() if _matches(found.data, kind, gpu, engine)]
     name = shipped_name(kind, gpu, engine)
-    if own or name is None:
-        return own[0] if own else None
-    return Found(name, profiles.load("calibrations", name), f"calibration {name}", SHIPPED)
+    if name is not None:
+        yield Found(name, profiles.load("calibrations", name), f"calibration {name}", SHIPPED)
 
 
 def shipped_name(kind: str, gpu: str, engine: str) -> str | None:

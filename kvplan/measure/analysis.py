@@ -226,7 +226,7 @@ def peer_rows(records: Iterable[dict[str, Any]], samples: Sequence[Sample]) -> l
     ours = {(s.kv_dtype, shape_of(s), s.batch_size, s.context_tokens): s.latency_s for s in samples}
     rows = []
     for r in records:
-        shape = Shape(r["num_q_heads"], r["num_kv_heads"], r["head_dim"], latent_dim=r.get("latent_dim"))
+        shape = Shape(r["num_q_heads"], r["num_kv_heads"], r["head_dim"])
         kv_dtype = r.get("kv_dtype", BASE)
         base = ours.get((kv_dtype, shape, r["batch_size"], r["context_tokens"]))
         rows.append(

@@ -26,10 +26,11 @@ def calibrate_run(folder: RunFolder, environment: Environment, roofline_bytes_pe
     """Fit the run's samples and write the calibration; a fit that cannot be made is a result that says why."""
     gpu = gpu_of(environment, roofline_bytes_per_s)
     samples = folder.samples()[0]
-    latent = any(sample.latent_dim for sample in samples)
-    path = store.user_folder() / f"{gpu.name}-{ENGINE}{'-latent' if latent else ''}.json"
+    latent_heads = next((sample.num_q_heads for sample in samples if sample.latent_dim), None)
+    kind = "" if latent_heads is None else f"-latent-{latent_heads}"
+    path = store.user_folder() / f"{gpu.name}-{ENGINE}{kind}.json"
     try:
-        if latent:
+        if latent_heads is not None:
             document = samples_document(samples, _about(path.stem, gpu, environment), gpu, LATENT_TILE_ROWS)
             fitted = latent_predictor(latent_from_json(document, str(path), store.MEASURED_HERE))
         else:

@@ -80,9 +80,9 @@ class MeasureRequest:
     step_weight_dtype: str = "bf16"
 
     @property
-    def is_latent(self) -> bool:
-        """Whether its shapes are latent attention; a request has one kind."""
-        return any(shape.latent_dim is not None for shape in self.shapes)
+    def latent_heads(self) -> int | None:
+        """Query heads of its latent attention; None for plain attention."""
+        return next((shape.num_q_heads for shape in self.shapes if shape.latent_dim), None)
 
     @property
     def families(self) -> tuple[Family, ...]:

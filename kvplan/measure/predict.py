@@ -27,10 +27,11 @@ are 0.91 to 0.96 for 16 and 8 bits, 0.69 for nvfp4 and 0.78 for int4 from batch 
 KERNEL_INTERCEPT_S = 11e-6
 """Launch and join of one call (assumed; 10 to 15 µs measured on an H200)."""
 LATENT_TILE_ROWS = 16
-LATENT_EFFICIENCY = 0.95
-LATENT_FLOPS = {"bf16": 0.23, "fp8_e4m3": 0.29, "fp8_ds_mla": 0.18}
-"""Of the bundled latent kernel: fewest query rows it multiplies with, share of bandwidth, share of bf16 FLOPs by row
-format. Assumed; from runs on an H200."""
+LATENT_EFFICIENCY = 0.96
+LATENT_FLOPS = {"bf16": 0.28, "fp8_e4m3": 0.28, "fp8_ds_mla": 0.18}
+LATENT_INTERCEPT_S = {"bf16": 20e-6, "fp8_e4m3": 30e-6, "fp8_ds_mla": 31e-6}
+"""Of the bundled latent kernel: fewest query rows it multiplies with, share of bandwidth; by row format, share of
+dense bf16 FLOPs and time of a call. Assumed; set from runs with 16, 64 and 128 heads on an H200."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,10 @@ class Predictor:
     latency_s: Callable[[Cell], float | None]
 
 
-def find_predictor(environment: Environment, latent: bool = False) -> Predictor | None:
+def find_predictor(environment: Environment, latent_heads: int | None = None) -> Predictor | None:
     """The calibration of this GPU and these kernels (the user's, else a shipped one), else its datasheet.
+
+    ``latent_heads`` is the number of query heads on a latent, None for plain attention.
 
     None for a device of which kvplan knows nothing yet.
 
@@ -54,8 +57,8 @@ def find_predictor(environment: Environment, latent: bool = False) -> Predictor 
         ProfileError: a calibration file breaks its schema.
 
     """
-    if latent:
-        mla = find_latent(environment.gpu, ENGINE)
+    if latent_heads is not None:
+        mla = find_latent(environment.gpu, ENGINE, latent_heads)
         if mla is not None:
             return latent_predictor(mla)
     else:
@@ -64,7 +67,7 @@ def find_predictor(environment: Environment, latent: bool = False) -> Predictor 
             return attention_predictor(attention)
     if environment.gpu not in profiles.names("gpus"):
         return None
-    return (latent_datasheet_predictor if latent else datasheet_predictor)(load_gpu(environment.gpu))
+    return (datasheet_predictor if latent_heads is None else latent_datasheet_predictor)(load_gpu(environment.gpu))
 
 
 def attention_predictor(calibration: AttentionCalibration) -> Predictor:
@@ -119,11 +122,13 @@ def latent_datasheet_predictor(gpu: GpuSpec) -> Predictor | None:
         family, tokens = cell.family, cell.batch_size * cell.context_tokens
         rows = max(family.shape.num_q_heads, LATENT_TILE_ROWS)
         products = 2 * tokens * rows * (2 * LATENT + ROPE) / (LATENT_FLOPS[family.element] * flops)
-        return KERNEL_INTERCEPT_S + hypot(cell.read_bytes / (LATENT_EFFICIENCY * peak), products)
+        return LATENT_INTERCEPT_S[family.element] + hypot(cell.read_bytes / (LATENT_EFFICIENCY * peak), products)
 
-    shares = ", ".join(f"{name} {share:.0%}" for name, share in LATENT_FLOPS.items())
+    figures = ", ".join(
+        f"{name} {LATENT_FLOPS[name]:.0%} and {call_s * 1e6:.0f} µs" for name, call_s in LATENT_INTERCEPT_S.items()
+    )
     source = (
         f"roofline: {LATENT_EFFICIENCY:.0%} of the datasheet's {peak / 1e12:.2f} TB/s beside products at a share of "
-        f"its {flops / 1e12:,.0f} TFLOP/s ({shares}), and {KERNEL_INTERCEPT_S * 1e6:.0f} µs a call, all assumed"
+        f"its {flops / 1e12:,.0f} TFLOP/s, and a time a call ({figures}), all assumed"
     )
     return Predictor("assumed", source, latency_s)

@@ -54,7 +54,7 @@ def measure(options: Options, say: Say = lambda _: None, started_s: float | None
         path = options.run_dir or run_folder.default_path(backend.environment.gpu)
         folder = run_folder.create(path, request, backend.environment)
     say(f"{backend.environment.device_name}: records go to {folder.path}")
-    predictor = find_predictor(backend.environment, request.is_latent)
+    predictor = find_predictor(backend.environment, request.latent_heads)
     try:
         run = Run(request, backend, folder, clock, say)
         run.go()
@@ -83,7 +83,7 @@ def _report(run: Run, predictor: Predictor | None, options: Options) -> MeasureR
     prediction = compare(rows, predictor.kind, predictor.source) if predictor else None
     calibration = _calibrate(run, roof) if options.calibrate else None
     if calibration is not None and calibration.path is not None:
-        predictor = find_predictor(run.backend.environment, run.request.is_latent)
+        predictor = find_predictor(run.backend.environment, run.request.latent_heads)
     report = MeasureReport(
         run_dir=str(run.folder.path), request=run.request.as_dict(),
         environment=run.backend.environment.as_dict(), notes=_notes(run, samples),
@@ -127,7 +127,8 @@ def _notes(run: Run, samples: Sequence[Sample]) -> list[str]:
                      "faster here")  # fmt: skip
     if kind == "rocm":
         notes.append("the kernels have not been tested on ROCm")
-    notes += [_latent_note(shape.num_q_heads) for shape in run.request.shapes if shape.latent_dim]
+    if run.request.latent_heads is not None:
+        notes.append(_latent_note(run.request.latent_heads))
     if not any(sample.kv_dtype == BASE for sample in samples):
         notes.append("no slope ratios: bf16 was not measured")
     return notes

@@ -163,8 +163,8 @@ class Run:
         for shape in self.request.shapes:
             if shape.window_tokens is not None:
                 continue
-            if shape.latent_dim and name != "torch":
-                self.skipped.append(Skipped(PEERS[name], "it is not compared on latent attention"))
+            if shape.latent_dim:
+                self.skipped.append(Skipped(PEERS[name], "nothing is compared on latent attention"))
                 continue
             cells, skipped = self._planned(replace(self.request, shapes=(shape,), kv_dtypes=dtypes))
             self.skipped += [Skipped(f"{name}: {item.cell}", item.reason) for item in skipped]
@@ -175,7 +175,7 @@ class Run:
                 label = f"{name}: {cell.describe()}"
                 timed = self._timed(cell, label, partial(self.backend.time_peer, name, cell), optional=True)
                 if timed is not None:
-                    record = {"name": PEERS[name], "kv_dtype": cell.family.kv_dtype, "latent_dim": shape.latent_dim}
+                    record = {"name": PEERS[name], "kv_dtype": cell.family.kv_dtype}
                     self.folder.add("peers", {**record, **dict(zip(PEER_SIZES, sizes, strict=True)), **asdict(timed)})
                     self.say(f"{label}: {format_seconds(timed.latency_s)}")
 

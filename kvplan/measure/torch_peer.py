@@ -1,7 +1,4 @@
-"""torch's scaled_dot_product_attention, whatever backend it picks, on a dense cache of the same size.
-
-Of latent attention the heads stand as queries of one KV head, whose values are the first numbers of its keys.
-"""
+"""torch's scaled_dot_product_attention, whatever backend it picks, on a dense cache of the same size."""
 
 from __future__ import annotations
 
@@ -20,8 +17,7 @@ def dense_calls(
     shape = cell.family.shape
     generator = torch.Generator(device).manual_seed(seed)
     size = (cell.batch_size, shape.num_kv_heads, cell.context_tokens, shape.head_dim)
-    heads = (1, shape.num_q_heads) if shape.latent_dim else (shape.num_q_heads, 1)
-    q = torch.randn(cell.batch_size, *heads, shape.head_dim, device=device, generator=generator).to(dtype)
+    q = torch.randn(cell.batch_size, shape.num_q_heads, 1, shape.head_dim, device=device, generator=generator).to(dtype)
 
     def call(k: torch.Tensor, v: torch.Tensor) -> Callable[[], torch.Tensor]:
         return lambda: scaled_dot_product_attention(q, k, v, enable_gqa=True)
@@ -29,9 +25,5 @@ def dense_calls(
     def filled() -> torch.Tensor:
         return torch.empty(size, device=device, dtype=dtype).normal_(generator=generator)
 
-    def pair() -> tuple[torch.Tensor, torch.Tensor]:
-        k = filled()
-        return k, (k[..., : shape.latent_dim] if shape.latent_dim else filled())
-
-    calls = [call(*pair()) for _ in range(cell.layers)]
-    return calls, cell.batch_size * cell.context_tokens * shape.numbers_per_token * dtype.itemsize
+    pairs = [(filled(), filled()) for _ in range(cell.layers)]
+    return [call(k, v) for k, v in pairs], 2 * pairs[0][0].numel() * pairs[0][0].element_size()

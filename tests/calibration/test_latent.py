@@ -14,6 +14,7 @@ import pytest
 from support import Ran
 
 from kvplan import profiles
+from kvplan.calibration import store
 from kvplan.calibration.geometry import hardware_of
 from kvplan.calibration.latent import MLA, LatentCases, find_latent, latent_from_json, mla_s, samples_document
 from kvplan.errors import InputError, ProfileError
@@ -60,9 +61,22 @@ def test_a_kernel_is_found_again_from_nine_cells_a_format() -> None:
     assert found.source == "calibration test (kvplan 1, 18 samples, 2026-11-24, measured here)"
 
 
-def test_a_format_that_was_not_measured_is_not_predicted() -> None:
+def test_a_format_or_number_of_heads_that_was_not_measured_is_not_predicted() -> None:
     found = latent_from_json(document("fp8"), "here", "measured here")
+    assert found.latency_s("fp8", 8, 4096, 16, 576) is not None
     assert found.latency_s("fp8_ds_mla", 8, 4096, 16, 656) is None
+    assert found.latency_s("fp8", 8, 4096, 128, 576) is None
+
+
+def test_each_number_of_heads_finds_its_own_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    folder = store.user_folder()
+    folder.mkdir(parents=True)
+    for heads in (16, 128):
+        data = document("fp8") | {"name": f"of-{heads}", "valid_range": {"num_heads": [heads, heads]}}
+        (folder / f"of-{heads}.json").write_text(json.dumps(data))
+    found = {heads: find_latent("h200", "kvplan", heads) for heads in (16, 64, 128)}
+    assert {heads: c and c.name for heads, c in found.items()} == {16: "of-16", 64: None, 128: "of-128"}
 
 
 def test_few_samples_make_no_calibration() -> None:
@@ -74,7 +88,7 @@ def test_few_samples_make_no_calibration() -> None:
 @pytest.mark.parametrize("name", ["mla-decode-h200-tensorrt-llm", "mla-decode-h100-sxm-sglang"])
 def test_what_ships_predicts_with_tiles_of_64_rows(name: str) -> None:
     data = profiles.load("calibrations", name)
-    found = find_latent(data["gpu"], data["engine"])
+    found = find_latent(data["gpu"], data["engine"], 16)
     assert found is not None
     assert found.tile_rows == 64
     one, tile = (found.latency_s("bfloat16", 32, 65536, heads, 1152) for heads in (1, 64))
@@ -87,6 +101,7 @@ def test_what_ships_predicts_with_tiles_of_64_rows(name: str) -> None:
         ({"tile_rows": 0}, "tile_rows must be a number from 1"),
         ({"tile_rows": None}, "tile_rows must be a number from 1"),
         ({"kind": "attention"}, "kind must be 'mla_decode'"),
+        ({"valid_range": {}}, r"valid_range.num_heads must be \[smallest, largest\]"),
         ({"hardware": {}}, "hardware.memory_bandwidth_bytes_per_s"),
         ({"entries": {"fp8": {"parameters": {"launch_s": {"value": 1e-5}}}}}, "parameters.chain_s must be an object"),
     ],

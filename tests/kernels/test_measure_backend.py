@@ -58,12 +58,6 @@ def test_latent_attention_is_gated_and_timed_with_its_own_kernel(backend: CudaBa
     assert timed.layout == "rows"
 
 
-def test_torch_reads_a_latent_once_for_all_heads(backend: CudaBackend) -> None:
-    timed = backend.time_peer("torch", Cell(Family(LATENT, "bfloat16"), 2, 40), replays=2, seed=0)
-    assert timed.latency_s > 0
-    assert timed.read_bytes == 2 * 40 * 576 * 2
-
-
 def test_torch_reads_a_dense_16_bit_cache(backend: CudaBackend) -> None:
     timed = backend.time_peer("torch", Cell(Family(FAMILY.shape, "bfloat16"), 2, 40), replays=2, seed=0)
     assert timed.latency_s > 0

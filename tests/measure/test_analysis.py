@@ -15,6 +15,7 @@ from kvplan.measure.predict import (
     KERNEL_INTERCEPT_S,
     LATENT_EFFICIENCY,
     LATENT_FLOPS,
+    LATENT_INTERCEPT_S,
     find_predictor,
 )
 from kvplan.samples import Sample
@@ -131,14 +132,14 @@ def test_latent_attention_of_a_known_gpu_is_predicted_from_bytes_and_products(
 ) -> None:
     """H200: 4.8 TB/s and 989.4 TFLOP/s in bf16; 16 heads · 2 · (576 + 512) FLOPs a token, and no fewer for 8 heads."""
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    predictor = find_predictor(environment("h200"), latent=True)
+    predictor = find_predictor(environment("h200"), latent_heads=16)
     assert predictor is not None
     assert predictor.kind == "assumed"
     assert "TFLOP/s" in predictor.source
     tokens = 32 * 65536
     stream = tokens * 576 / (LATENT_EFFICIENCY * 4.8e12)
     products = tokens * 16 * 2 * 1088 / (LATENT_FLOPS["fp8_e4m3"] * 989.4e12)
-    expected = pytest.approx(KERNEL_INTERCEPT_S + (stream**2 + products**2) ** 0.5)
+    expected = pytest.approx(LATENT_INTERCEPT_S["fp8_e4m3"] + (stream**2 + products**2) ** 0.5)
     assert predictor.latency_s(Cell(Family(LATENT, "fp8"), 32, 65536)) == expected
     assert predictor.latency_s(Cell(Family(replace(LATENT, num_q_heads=8), "fp8"), 32, 65536)) == expected
 

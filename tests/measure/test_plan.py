@@ -161,7 +161,7 @@ def test_a_request_survives_its_json() -> None:
     assert request_from_dict(json.loads(json.dumps(asked.as_dict())), "x") == asked
     latent = request(shapes=(LATENT,))
     assert request_from_dict(json.loads(json.dumps(latent.as_dict())), "x") == latent
-    assert (latent.is_latent, asked.is_latent) == (True, False)
+    assert (latent.latent_heads, asked.latent_heads) == (16, None)
     with pytest.raises(InputError, match="not the request of a run"):
         request_from_dict({"shapes": [{}]}, "x")
 

@@ -397,7 +397,7 @@ def test_latent_attention_is_gated_timed_predicted_and_calibrated(run: Cli, tmp_
     assert {(s.num_q_heads, s.num_kv_heads, s.head_dim, s.latent_dim, s.layout) for s in samples} == {
         (2, 1, 576, 512, "rows")
     }
-    assert report["calibration"]["path"].endswith("-kvplan-latent.json")
+    assert report["calibration"]["path"].endswith("-kvplan-latent-2.json")
     second = run(*LATENT, "-o", "second", "--json", "--no-calibrate", "--tolerance", "10000")
     assert second.code == 0, second.err
     assert second.json["prediction"]["num_cells"] == 24
@@ -407,7 +407,7 @@ def test_latent_attention_is_gated_timed_predicted_and_calibrated(run: Cli, tmp_
     assert "predictions are off by" in one_line(third)
 
 
-def test_a_latent_run_goes_on_where_it_was_and_shows_torch_beside_it(
+def test_a_latent_run_goes_on_where_it_was_and_names_peers_that_are_not_compared(
     run: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     really, count = CpuBackend.time, 0
@@ -420,7 +420,7 @@ def test_a_latent_run_goes_on_where_it_was_and_shows_torch_beside_it(
         return really(self, cell, **options)
 
     monkeypatch.setattr(CpuBackend, "time", interrupted)
-    assert run(*LATENT, "-o", "r", "--compare", "torch,vllm").code == 130
+    assert run(*LATENT, "-o", "r", "--compare", "torch").code == 130
     before = read_samples(tmp_path / "r" / "samples.jsonl").samples
     assert len(before) == 5
     monkeypatch.setattr(CpuBackend, "time", really)
@@ -428,9 +428,7 @@ def test_a_latent_run_goes_on_where_it_was_and_shows_torch_beside_it(
     after = read_samples(tmp_path / "r" / "samples.jsonl").samples
     assert after[:5] == before
     assert len(after) == len(report["cells"]) == 24
-    assert [(row["name"], row["kv_dtype"]) for row in report["peers"]] == 8 * [("torch SDPA", "bfloat16")]
-    assert all(row["speed_ratio"] > 0 for row in report["peers"])
-    assert report["skipped"] == [{"cell": "vLLM FlashAttention-3", "reason": "it needs a CUDA GPU"}]
+    assert report["skipped"] == [{"cell": "torch SDPA", "reason": "nothing is compared on latent attention"}]
 
 
 def test_a_broken_latent_kernel_stops_at_its_gate(run: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
