@@ -18,39 +18,46 @@ from kvplan.errors import InputError, KvplanError
 from kvplan.gpu import GpuSpec, load_gpu
 from kvplan.measure.analysis import CalibrationResult, cell_rows, compare
 from kvplan.measure.backend import Environment
-from kvplan.measure.predict import ENGINE, LATENT_TILE_ROWS, attention_predictor, latent_predictor
+from kvplan.measure.predict import ENGINE, LATENT_TILE_ROWS, Predictor, attention_predictor, latent_predictor
 from kvplan.measure.run_folder import RunFolder
 
 
 def calibrate_run(folder: RunFolder, environment: Environment, roofline_bytes_per_s: float) -> CalibrationResult:
     """Fit the run's samples and write the calibration; a fit that cannot be made is a result that says why."""
     gpu = gpu_of(environment, roofline_bytes_per_s)
-    samples = folder.samples()[0]
-    latent_heads = next((sample.num_q_heads for sample in samples if sample.latent_dim), None)
-    kind = "" if latent_heads is None else f"-latent-{latent_heads}"
-    path = store.user_folder() / f"{gpu.name}-{ENGINE}{kind}.json"
     try:
-        if latent_heads is not None:
-            document = samples_document(samples, _about(path.stem, gpu, environment), gpu, LATENT_TILE_ROWS)
-            fitted = latent_predictor(latent_from_json(document, str(path), store.MEASURED_HERE))
-        else:
-            document, _ = calibrate_file(
-                folder.samples_path, gpu, name=path.stem, engine=ENGINE, engine_version=environment.kvplan
-            )
-            fitted = attention_predictor(attention_from_json(document, str(path), store.MEASURED_HERE))
+        document, predictor = fit_run(folder, gpu, environment.kvplan)
+        path = store.user_folder() / f"{document['name']}.json"
         _make(path.parent)
         write_json(path, document, force=True)
     except KvplanError as error:
         hint = f" ({error.hint})" if error.hint else ""
         return CalibrationResult(None, gpu.name, f"{error.message}{hint}", None)
-    rows = cell_rows(samples, roofline_bytes_per_s, fitted.latency_s)
-    return CalibrationResult(str(path), gpu.name, None, compare(rows, fitted.kind, fitted.source))
+    rows = cell_rows(folder.samples()[0], roofline_bytes_per_s, predictor.latency_s)
+    return CalibrationResult(str(path), gpu.name, None, compare(rows, predictor.kind, predictor.source))
 
 
-def _about(name: str, gpu: GpuSpec, environment: Environment) -> dict[str, Any]:
+def fit_run(folder: RunFolder, gpu: GpuSpec, version: str) -> tuple[dict[str, Any], Predictor]:
+    """The calibration document of the run's samples, and what it predicts; ``version`` is that of the kernels.
+
+    Latent attention is calibrated for one number of query heads: what others take is not told by it.
+
+    Raises:
+        InputError: too few samples of a KV dtype, or none that a fit comes of.
+
+    """
+    samples = folder.samples()[0]
+    name = f"{gpu.name}-{ENGINE}"
+    latent_heads = next((sample.num_q_heads for sample in samples if sample.latent_dim), None)
+    if latent_heads is None:
+        document, _ = calibrate_file(folder.samples_path, gpu, name=name, engine=ENGINE, engine_version=version)
+        return document, attention_predictor(attention_from_json(document, name, store.MEASURED_HERE))
     today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
-    return {"name": name, "aliases": [], "gpu": gpu.name, "engine": ENGINE, "engine_version": environment.kvplan,
-            "date": today, "sources": [{"name": "kvplan measure", "file": "samples.jsonl"}]}  # fmt: skip
+    about = {"name": f"{name}-latent-{latent_heads}", "aliases": [], "gpu": gpu.name, "engine": ENGINE,
+             "engine_version": version, "date": today,
+             "sources": [{"name": "kvplan measure", "file": folder.samples_path.name}]}  # fmt: skip
+    document = samples_document(samples, about, gpu, LATENT_TILE_ROWS)
+    return document, latent_predictor(latent_from_json(document, name, store.MEASURED_HERE))
 
 
 def gpu_of(environment: Environment, roofline_bytes_per_s: float) -> GpuSpec:

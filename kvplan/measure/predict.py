@@ -28,10 +28,12 @@ KERNEL_INTERCEPT_S = 11e-6
 """Launch and join of one call (assumed; 10 to 15 µs measured on an H200)."""
 LATENT_TILE_ROWS = 16
 LATENT_EFFICIENCY = 0.96
-LATENT_FLOPS = {"bf16": 0.28, "fp8_e4m3": 0.28, "fp8_ds_mla": 0.18}
-LATENT_INTERCEPT_S = {"bf16": 20e-6, "fp8_e4m3": 30e-6, "fp8_ds_mla": 31e-6}
-"""Of the bundled latent kernel: fewest query rows it multiplies with, share of bandwidth; by row format, share of
-dense bf16 FLOPs and time of a call. Assumed; set from runs with 16, 64 and 128 heads on an H200."""
+LATENT_INTERCEPT_S = 20e-6
+LATENT_FLOPS = {"bf16": 0.26, "fp8_e4m3": 0.28, "fp8_ds_mla": 0.18}
+LATENT_HEAD_S = {"bf16": 0.0, "fp8_e4m3": 0.6e-6, "fp8_ds_mla": 0.6e-6}
+"""Of the bundled latent kernel: fewest query rows it multiplies with, share of bandwidth, time of a call; by row
+format, share of dense bf16 FLOPs and time of a call for each head. Assumed; set from runs with 16 and 128 heads on an
+H200."""
 
 
 @dataclass(frozen=True)
@@ -122,13 +124,13 @@ def latent_datasheet_predictor(gpu: GpuSpec) -> Predictor | None:
         family, tokens = cell.family, cell.batch_size * cell.context_tokens
         rows = max(family.shape.num_q_heads, LATENT_TILE_ROWS)
         products = 2 * tokens * rows * (2 * LATENT + ROPE) / (LATENT_FLOPS[family.element] * flops)
-        return LATENT_INTERCEPT_S[family.element] + hypot(cell.read_bytes / (LATENT_EFFICIENCY * peak), products)
+        call = LATENT_INTERCEPT_S + rows * LATENT_HEAD_S[family.element]
+        return call + hypot(cell.read_bytes / (LATENT_EFFICIENCY * peak), products)
 
-    figures = ", ".join(
-        f"{name} {LATENT_FLOPS[name]:.0%} and {call_s * 1e6:.0f} µs" for name, call_s in LATENT_INTERCEPT_S.items()
-    )
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in LATENT_FLOPS.items())
     source = (
         f"roofline: {LATENT_EFFICIENCY:.0%} of the datasheet's {peak / 1e12:.2f} TB/s beside products at a share of "
-        f"its {flops / 1e12:,.0f} TFLOP/s, and a time a call ({figures}), all assumed"
+        f"its {flops / 1e12:,.0f} TFLOP/s ({shares}), {LATENT_INTERCEPT_S * 1e6:.0f} µs a call and in 8 bits "
+        f"{LATENT_HEAD_S['fp8_e4m3'] * 1e6:.1f} µs a query head, all assumed"
     )
     return Predictor("assumed", source, latency_s)

@@ -14,8 +14,11 @@ from kvplan.samples import Sample, read_samples
 SAMPLES = "h200-measure-2026-11-24.jsonl"
 STEPS = "h200-steps-2026-11-24.jsonl"
 PEERS = "h200-peers-2026-11-24.jsonl"
+LATENT = "h200-latent-2026-11-24.jsonl"
 ROOFLINE_BYTES_PER_S = 4.64e12
 """Read roofline of the runs, as they printed it."""
+LATENT_ROOFLINE_BYTES_PER_S = 4.54e12
+"""The same of the runs of latent attention."""
 QUICK_CELLS = 27
 
 
@@ -27,6 +30,15 @@ class Runs:
     again: list[Sample]
     formats: list[Sample]
     small: list[Sample]
+
+
+@dataclass(frozen=True)
+class LatentRuns:
+    """The shipped samples of latent attention by run: quick with 16 query heads, the same again, 128 query heads."""
+
+    quick: list[Sample]
+    again: list[Sample]
+    wide: list[Sample]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +61,12 @@ def shipped_runs() -> Runs:
     formats = QUICK_CELLS // 3 * 6
     cuts = (0, QUICK_CELLS, 2 * QUICK_CELLS, 2 * QUICK_CELLS + formats, len(found))
     return Runs(*(found[low:high] for low, high in itertools.pairwise(cuts)))
+
+
+def shipped_latent() -> LatentRuns:
+    """The samples of latent attention that ship."""
+    found = read_samples(profiles.ROOT / "measurements" / LATENT).samples
+    return LatentRuns(found[:QUICK_CELLS], found[QUICK_CELLS : 2 * QUICK_CELLS], found[2 * QUICK_CELLS :])
 
 
 def shipped_steps() -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from kvplan.measure.predict import (
     KERNEL_INTERCEPT_S,
     LATENT_EFFICIENCY,
     LATENT_FLOPS,
+    LATENT_HEAD_S,
     LATENT_INTERCEPT_S,
     find_predictor,
 )
@@ -139,7 +140,8 @@ def test_latent_attention_of_a_known_gpu_is_predicted_from_bytes_and_products(
     tokens = 32 * 65536
     stream = tokens * 576 / (LATENT_EFFICIENCY * 4.8e12)
     products = tokens * 16 * 2 * 1088 / (LATENT_FLOPS["fp8_e4m3"] * 989.4e12)
-    expected = pytest.approx(LATENT_INTERCEPT_S["fp8_e4m3"] + (stream**2 + products**2) ** 0.5)
+    call = LATENT_INTERCEPT_S + 16 * LATENT_HEAD_S["fp8_e4m3"]
+    expected = pytest.approx(call + (stream**2 + products**2) ** 0.5)
     assert predictor.latency_s(Cell(Family(LATENT, "fp8"), 32, 65536)) == expected
     assert predictor.latency_s(Cell(Family(replace(LATENT, num_q_heads=8), "fp8"), 32, 65536)) == expected
 

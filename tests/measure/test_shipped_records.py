@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from kvplan import profiles
 from kvplan.measure import records_page, shipped
+from kvplan.measure.analysis import line_rows
 from kvplan.samples import read_samples
 
 
@@ -19,6 +22,35 @@ def test_every_shipped_sample_is_one_and_was_gated_spill_free() -> None:
     cells = [{(s.kv_dtype, s.batch_size, s.context_tokens, s.num_q_heads) for s in run} for run in vars(runs).values()]
     assert [len(cell) for cell in cells] == [27, 27, 54, 12]
     assert cells[0] == cells[1]
+
+
+def test_latent_samples_that_ship_are_of_one_gpu_and_of_16_and_128_heads() -> None:
+    found = read_samples(profiles.ROOT / "measurements" / shipped.LATENT)
+    assert found.corrupt == []
+    assert {sample.environment["device_name"] for sample in found.samples} == {"NVIDIA H200"}
+    runs = shipped.shipped_latent()
+    assert [len(run) for run in vars(runs).values()] == [27, 27, 23]
+    assert [{s.num_q_heads for s in run} for run in vars(runs).values()] == [{16}, {16}, {128}]
+    assert {sample.latent_dim for sample in found.samples} == {512}
+
+
+def test_latent_rows_stream_at_the_roofline_in_16_bits_and_cost_two_thirds_in_8() -> None:
+    """Half the bytes of a row save a third of the time with 16 heads: what is left are products and unpacking."""
+    lines = line_rows(shipped.shipped_latent().quick, shipped.LATENT_ROOFLINE_BYTES_PER_S)
+    full = {row.kv_dtype: row for row in lines if row.batch_size == 32}
+    assert (full["bfloat16"].roofline_fraction or 0) > 0.97
+    assert full["fp8"].slope_ratio == pytest.approx(0.67, abs=0.01)
+    assert full["fp8_ds_mla"].slope_ratio == pytest.approx(0.91, abs=0.01)
+
+
+def test_latent_predictions_meet_the_bars_of_plain_attention() -> None:
+    """Median error at most 12% before a calibration and 5% after it, here on samples it has not seen."""
+    runs = shipped.shipped_latent()
+    sheet = records_page.latent_datasheet_predictor(records_page.load_gpu("h200"))
+    assert sheet is not None
+    assert records_page.off(runs.quick, sheet).median_error <= 0.12
+    assert records_page.off(runs.wide, sheet).median_error <= 0.12
+    assert records_page.off(runs.again, records_page.calibrated_on(runs.quick)).median_error <= 0.05
 
 
 def test_a_calibration_of_one_run_predicts_the_next_and_other_heads() -> None:

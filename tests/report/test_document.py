@@ -110,6 +110,23 @@ def test_kernel_samples_of_other_heads_are_left_out_and_counted(run_folder: Path
     assert all(row.measured_slope_ratio is None for row in report.precisions), "other heads say nothing of these"
 
 
+def test_latent_samples_stand_beside_the_predictions_of_a_latent_model(run_folder: Path, tmp_path: Path) -> None:
+    """16 query heads on a latent: DeepSeek V3 at TP 8; at TP 16 there are 8, of which none was measured."""
+    folder = tmp_path / "latent"
+    folder.mkdir()
+    shutil.copy(run_folder / "environment.json", folder)
+    shutil.copy(ROOT / "profiles" / "measurements" / "h200-latent-2026-11-24.jsonl", folder / "samples.jsonl")
+    question: dict[str, Any] = {"model": "deepseek-v3", "gpu": "h200", "context_tokens": "16k", "concurrency": 32,
+                                "measured": str(folder), "date": DATE}  # fmt: skip
+    measured = kvplan.report(**question, tp_size=8).measured
+    assert measured is not None
+    assert {(p.num_users, p.kind) for p in measured.points} == {(b, "kernel") for b in (1, 8, 32)}
+    assert any("23 kernel samples left out: of other heads" in note for note in measured.notes)
+    other = kvplan.report(**question, tp_size=16).measured
+    assert other is not None
+    assert other.points == []
+
+
 def test_torn_lines_of_a_run_are_counted_and_its_folder_is_left_as_it_is(run_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "torn"
     shutil.copytree(run_folder, folder)
