@@ -5,8 +5,18 @@ import triton.language as tl
 
 from ..schedule import chunk_of_tile
 
-RADIX = tl.constexpr(8)
+NARROW = tl.constexpr(8)
+WIDE = tl.constexpr(16)
 """Pieces of a sequence that one program joins."""
+
+
+@triton.jit
+def radix_of(pieces, JOIN_STAGES: tl.constexpr):
+    """Pieces that one program joins: what takes the fewest levels, unless few fit in flight and more take longer."""
+    radix = pieces * 0 + NARROW
+    if JOIN_STAGES >= 4:
+        radix = tl.where((pieces > WIDE) & (pieces <= NARROW * NARROW), NARROW, WIDE)
+    return radix
 
 
 @triton.jit
@@ -43,7 +53,7 @@ def join_pieces(
     SINKS: tl.constexpr,
     JOIN_STAGES: tl.constexpr,
 ):
-    """Join the pieces of a sequence: of each RADIX neighbours the last to arrive adds them up, level by level.
+    """Join the pieces of a sequence: of each `radix_of` neighbours the last to arrive adds them up, level by level.
 
     A group's result replaces its first piece; the top group writes the output. `arrived_ptr` counts, and is zero again
     when the kernel ends. Not inlined: its addresses would hold registers all through the main loop.
@@ -54,17 +64,18 @@ def join_pieces(
     cell_ok = row_ok[:, None] & (dims < D)[None, :]
     cell = (kv_head * G + heads)[:, None] * D + dims[None, :]
     active = pieces > 1
+    radix = radix_of(pieces, JOIN_STAGES)
     width = pieces * 0 + 1
     counters = arrived_ptr + kv_head
     while active:
-        first = piece // (width * RADIX) * (width * RADIX)
-        count = tl.minimum(tl.cdiv(pieces - first, width), RADIX)
+        first = piece // (width * radix) * (width * radix)
+        count = tl.minimum(tl.cdiv(pieces - first, width), radix)
         counter = counters + piece_slot(first_chunk, first) * KV_HEADS
         tl.debug_barrier()
         active = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == count - 1
         if active:
             tl.store(counter, 0)
-            top = pieces <= width * RADIX
+            top = pieces <= width * radix
             peak = tl.full([GP], float("-inf"), tl.float32)
             weight = tl.zeros([GP], tl.float32)
             acc = tl.zeros([GP, DP], tl.float32)
@@ -93,5 +104,5 @@ def join_pieces(
                 slot = piece_slot(first_chunk, first) * (KV_HEADS * G)
                 tl.store(partial_ptr + (slot * D + cell), acc, mask=cell_ok)
                 tl.store(partial_lse_ptr + (slot + kv_head * G + heads), peak + tl.log2(weight), mask=row_ok)
-        width *= RADIX
+        width *= radix
         counters += 2 * num_chunks * KV_HEADS

@@ -7,7 +7,7 @@ import torch
 from ..configs import Config, decode_configs, padded_head_dim
 from ..device import KernelFacts, architecture, interpreting, loaded_facts, resident_ctas, unpack_mode
 from ..paged_cache import PagedKvCache
-from .join import RADIX
+from .join import NARROW
 from .kernel import attend
 from .kernel_int4 import attend_int4
 from .kernel_nvfp4 import attend_nvfp4
@@ -15,7 +15,7 @@ from .kernel_nvfp4 import attend_nvfp4
 BATCH_BUCKETS = (1, 32, 128, 1024, 8192)
 SCALE_CODES = {"none": 0, "tensor": 1, "head": 1, "token_head": 2, "token_head_inline": 3, "block": 0}
 LEVELS = 4
-"""Levels of the join: enough for RADIX**LEVELS = 4096 chunks."""
+"""Levels of the join: enough for 16**4 = 65,536 chunks."""
 
 
 def decode_kernel(kv_dtype: str):
@@ -24,8 +24,8 @@ def decode_kernel(kv_dtype: str):
 
 
 def join_stages(cells: int, tile_bytes: int, num_stages: int) -> int:
-    """Partial results of `cells` FP32 numbers that fit the main loop's tile buffers, at most RADIX."""
-    return max(2, min(RADIX.value, tile_bytes * (num_stages - 1) // (4 * cells)))
+    """Partial results of `cells` FP32 numbers that fit the main loop's tile buffers, at most eight."""
+    return max(2, min(NARROW.value, tile_bytes * (num_stages - 1) // (4 * cells)))
 
 
 def split_head_dim(element_bits: int, head_dim: int) -> tuple[int, int]:

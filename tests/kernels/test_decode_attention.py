@@ -32,6 +32,7 @@ def attend(
     dim=64,
     block_n=32,
     num_chunks=6,
+    stages=2,
     k=None,
     v=None,
     q=None,
@@ -57,7 +58,7 @@ def attend(
         cache,
         num_q_heads=kv_heads * group,
         q_dtype=q_dtype,
-        config=Config(block_n, 4, 2),
+        config=Config(block_n, 4, stages),
         num_chunks=num_chunks,
         **options,
     )
@@ -128,12 +129,14 @@ def test_any_cut_gives_the_same_answer(num_chunks):
     check([200, 1, 90, 31, 64], kv_heads=1, group=2, num_chunks=num_chunks)
 
 
-def test_one_sequence_in_many_pieces_joins_over_two_levels():
-    check([700, 40], kv_heads=1, group=3, num_chunks=20, block_n=16)
+@pytest.mark.parametrize(("pieces", "stages"), [(11, 2), (66, 2), (16, 5), (17, 5), (64, 5), (66, 5), (258, 5)])
+def test_pieces_join_over_one_to_three_levels(pieces, stages):
+    """In eights where buffers are few (2 stages); else up to 16 at once, up to 64 in eights, more in sixteens."""
+    check([pieces * 64 - 9], kv_heads=1, group=1, num_chunks=pieces, block_n=16, stages=stages)
 
 
-def test_pieces_of_many_lengths_join_over_three_levels():
-    check([2200], kv_heads=1, group=1, num_chunks=68, block_n=16)
+def test_pieces_join_beside_a_sequence_that_shares_their_last_chunk():
+    check([1300, 40], kv_heads=1, group=3, num_chunks=20, block_n=16)
 
 
 def test_a_batch_of_more_than_sixty_four():
