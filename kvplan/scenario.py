@@ -83,6 +83,8 @@ def _deployment(path: Path, number: int, shared: Mapping[str, Any], entry: Any) 
         if not isinstance(key, str) or not isinstance(value, str | int | float | bool | None):
             raise InputError(f"{path}: {shorten(key, 40)} of deployment {number} must be text, a number, true or false")
     name = options.pop("name", None)
+    if isinstance(name, bool):
+        raise InputError(f"{path}: name of deployment {number} must be text, not {str(name).lower()}")
     fallback = options.get("model") or f"deployment {number}"
     return Deployment(str(fallback if name is None else name), options)
 
@@ -120,10 +122,13 @@ def _yaml(path: Path, text: str) -> Any:
     """YAML, and JSON as a part of it; plain values only, nothing is executed."""
     import yaml
 
-    NULL, TEXT = (f"tag:yaml.org,2002:{kind}" for kind in ("null", "str"))
+    nothing, as_written = (f"tag:yaml.org,2002:{kind}" for kind in ("null", "str"))
 
     class Loader(yaml.SafeLoader):
-        """Refuses a key given twice; what merges (``<<``) nest never holds a key more than once either."""
+        """Refuses a key given twice, and leaves ``TEXTS`` as written.
+
+        What merges (``<<``) nest never holds a key more than once either.
+        """
 
         def flatten_mapping(self, node: yaml.MappingNode) -> None:
             counts = Counter(str(key.value) for key, _ in node.value)
@@ -133,8 +138,8 @@ def _yaml(path: Path, text: str) -> Any:
             super().flatten_mapping(node)
             node.value = list({str(key.value): (key, value) for key, value in node.value}.values())
             for key, value in node.value:
-                if key.value in TEXTS and isinstance(value, yaml.ScalarNode) and value.tag != NULL:
-                    value.tag = TEXT
+                if key.value in TEXTS and isinstance(value, yaml.ScalarNode) and value.tag != nothing:
+                    value.tag = as_written
 
     try:
         return yaml.load(text, Loader)

@@ -17,7 +17,8 @@ TIB = 1024**4
 MAX_TOKENS = 2**40
 MAX_BYTES = 2**60
 
-_GROUPED = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
+GROUPED = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
+"""A number with a mark between its thousands: ``32,768``."""
 _TOKENS = re.compile(r"^([0-9]+(?:\.[0-9]+)?)\s*(k|ki|m|mi)?$", re.IGNORECASE)
 _TOKEN_FACTORS = {"": 1, "k": 1024, "ki": 1024, "m": 1024**2, "mi": 1024**2}
 _BYTES = re.compile(r"^([0-9]+(?:\.[0-9]+)?)\s*([kmgt]i?b?|b)?$", re.IGNORECASE)
@@ -33,7 +34,7 @@ _BYTE_FACTORS = {
 def _ungrouped(text: str) -> str:
     """``32,768`` and ``32_768`` without the marks between thousands; a comma elsewhere stays, and is no number."""
     text = text.strip().replace("_", "")
-    return text.replace(",", "") if _GROUPED.match(text) else text
+    return text.replace(",", "") if GROUPED.match(text) else text
 
 
 def parse_tokens(text: str | int, what: str = "token count") -> int:

@@ -49,6 +49,7 @@ def test_one_deployment_needs_no_list_and_toml_reads_the_same(tmp_path: Path) ->
         ("a.yaml", "deployments: [{model: 8b}, {model: 8b}]\n", "two deployments are called '8b'"),
         ("a.yaml", "tp_size: 2\nmodel: 8b\ntp_size: 4\n", "not YAML at line 1: tp_size is given twice"),
         ("a.yaml", "model: !!python/object/apply:os.system [ls]\n", "not YAML"),
+        ("a.toml", "name = false\n", "name of deployment 1 must be text, not false"),
         ("a.txt", "model: 8b\n", ".yaml or .toml"),
     ],
 )

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from itertools import pairwise
 
 from kvplan.errors import InputError, shorten
-from kvplan.units import parse_bytes, parse_tokens
+from kvplan.units import GROUPED, parse_bytes, parse_tokens
 
 MOST = 2**30
-_GROUPED = re.compile(r"\d{1,3}(,\d{3})+")
 SHORT_CONTEXT = 256
 """A first context below this, before three digits, is read as thousands: ``32,768`` is hardly a list."""
 
@@ -60,7 +58,7 @@ def contexts(text: str | None, flag: str) -> list[int]:
 
 def _refuse_thousands(text: str, flag: str, least: int = 0) -> None:
     """Raise InputError where a list of numbers is rather one number with its thousands marked."""
-    if not _GROUPED.fullmatch(text.strip()):
+    if not GROUPED.fullmatch(text.strip()):
         return
     parts = text.strip().split(",")
     ascending = all(int(a) < int(b) for a, b in pairwise(parts))
@@ -99,7 +97,7 @@ def tokens(text: str | None, flag: str) -> int | None:
         InputError: not a count of tokens, or a list or range of them.
 
     """
-    if text is not None and (".." in text or len(words(text)) > 1) and not _GROUPED.fullmatch(text.strip()):
+    if text is not None and (".." in text or len(words(text)) > 1) and not GROUPED.fullmatch(text.strip()):
         raise InputError(f"{flag} {shorten(text, 30)!r} is several values, and this command plans one",
                          hint=f"write {flag} 32k; `kvplan size` and `kvplan itl` take lists and ranges")  # fmt: skip
     return None if text is None else parse_tokens(text, flag)

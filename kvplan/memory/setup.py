@@ -69,12 +69,14 @@ class Setup:
         if self.gpu is None or self.request.gpu is not None or self.engine.name != "vllm" or stated:
             return None
         a100 = profile_of_device("A100", self.gpu.memory_bytes)
+        if a100 is None:
+            return None
         rules = VersionRules(self.options.version or ())
         mine, theirs = (
             f"{rules.default_num_seqs(gpu):,} requests at once and {rules.default_batched_tokens(gpu):,} batched tokens"
             for gpu in (self.gpu, a100)
         )
-        if a100 is None or mine == theirs:
+        if mine == theirs:
             return None
         return (
             f"no GPU is named: one with {format_gib(self.gpu.memory_bytes)} is taken for newer than an A100, so vLLM's "
