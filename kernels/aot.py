@@ -18,8 +18,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .configs import Config, decode_configs, mla_config
-from .decode_attention.plan import SCALE_CODES, decode_kernel, join_stages, split_head_dim
+from .configs import Config, mla_config
+from .decode_attention.shape import DecodeShape
 from .formats import FOUR_BIT_HEAD_DIMS, HEAD_DIMS, LATENT_ROW_BYTES, kv_format
 from .mla_decode import FORMAT_CODES
 from .mla_decode.kernel import attend_latent
@@ -33,47 +33,26 @@ class DecodeCase:
     """One decode kernel: what is read, by which configuration, for which architecture."""
 
     arch: int
-    kv_dtype: str
-    scale_granularity: str
-    head_dim: int
-    group_size: int
-    block_size_tokens: int
+    shape: DecodeShape
     config: Config
     soft_cap: bool = False
     window: bool = False
     sinks: bool = False
 
 
-def _signature(case: DecodeCase) -> tuple[dict, dict, dict]:
-    fmt = kv_format(case.kv_dtype)
-    power = 1 << (case.head_dim - 1).bit_length()
-    constants = {
-        "KV_HEADS": 8,
-        "G": case.group_size,
-        "GP": max(8, 1 << (case.group_size - 1).bit_length()),
-        "D": case.head_dim,
-        "DP": power,
-        "DA": split_head_dim(fmt.element_bits, case.head_dim)[0],
-        "DB": split_head_dim(fmt.element_bits, case.head_dim)[1],
-        "PAGE": case.block_size_tokens,
-        "BLOCK_N": case.config.block_n,
-        "STAGES": case.config.num_stages,
-        "FORMAT": fmt.code,
-        "SCALES": SCALE_CODES[case.scale_granularity],
-        "SOFT_CAP": case.soft_cap,
-        "WINDOW": case.window,
-        "SINKS": case.sinks,
-        "BATCH": 32,
-        "UNPACK": PTX if case.arch >= 89 else BITS,
-        "EXACT_DOT": False,
-        "HEADS_TOGETHER": False,
-        "JOIN_STAGES": join_stages(
-            power * max(8, 1 << (case.group_size - 1).bit_length()),
-            case.config.block_n * power * 2 * fmt.element_bits // 8,
-            case.config.num_stages,
-        ),
-    }
-    wide = {"bf16": ("*bf16", "*bf16"), "fp16": ("*fp16", "*fp16")}.get(case.kv_dtype, ("*u8", "*u16"))
+def _kernel_and_signature(case: DecodeCase) -> tuple[object, dict, dict, dict]:
+    fmt = case.shape.fmt
+    kernel = case.shape.kernel(case.config)
+    constants = case.shape.constants(
+        case.config,
+        soft_cap=case.soft_cap,
+        window=case.window,
+        sinks=case.sinks,
+        batch=32,
+        unpack=PTX if case.arch >= 89 else BITS,
+        exact_dot=False,
+    )
+    wide = {"bf16": ("*bf16", "*bf16"), "fp16": ("*fp16", "*fp16")}.get(fmt.name, ("*u8", "*u16"))
     floats = ("k_scale_ptr", "v_scale_ptr", "sink_ptr", "partial_ptr", "partial_lse_ptr")
     types = {"q_ptr": "*bf16", "k_ptr": wide[0], "v_ptr": wide[1], "out_ptr": "*bf16"} | dict.fromkeys(floats, "*fp32")
     types |= {
@@ -83,22 +62,20 @@ def _signature(case: DecodeCase) -> tuple[dict, dict, dict]:
         "scale_log2e": "fp32",
         "soft_cap": "fp32",
     }
-    if case.kv_dtype == "fp16":
+    if fmt.name == "fp16":
         types["q_ptr"] = types["out_ptr"] = "*fp16"
-    kernel = decode_kernel(case.kv_dtype)
     if fmt.element_bits == 4:
-        packed = "*u32" if case.head_dim == 64 else "*u64"
-        types |= dict.fromkeys(("k_scale_ptr", "v_scale_ptr"), packed if case.kv_dtype == "int4" else "*u8")
+        packed = "*u32" if case.shape.head_dim == 64 else "*u64"
+        types |= dict.fromkeys(("k_scale_ptr", "v_scale_ptr"), packed if fmt.name == "int4" else "*u8")
         types |= {"k_ptr": "*u16", "global_ptr": "*fp32"}
-    constants = {n: c for n, c in constants.items() if n in kernel.arg_names}
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n.endswith("_ptr")}
-    return signature, constants, aligned
+    whole = [p for p in kernel.params if not p.do_not_specialize and signature[p.name] not in ("constexpr", "fp32")]
+    return kernel, signature, constants, {(p.num,): [["tt.divisibility", 16]] for p in whole}
 
 
 def compile_case(case: DecodeCase) -> object:
     """Triton's compiled kernel for `case`; needs no GPU."""
-    return _compile(decode_kernel(case.kv_dtype), *_signature(case), case.arch, case.config)
+    return _compile(*_kernel_and_signature(case), case.arch, case.config)
 
 
 def _compile(kernel: object, signature: dict, constants: dict, aligned: dict, arch: int, config: Config) -> object:
@@ -154,7 +131,7 @@ def main_loop(sass: str) -> list[str]:
             code.append(instruction.group(1).strip())
     loops = []
     for at, instruction in enumerate(code):
-        target = re.search(r"(\.L_x_\d+)", instruction) if _opcode(instruction) == "BRA" else None
+        target = re.search(r"(\.L_x_\d+)", instruction) if _opcode(instruction).split(".")[0] == "BRA" else None
         if target and labels.get(target.group(1), at + 1) <= at:
             loops.append((labels[target.group(1)], at + 1))
     innermost = [(a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)]
@@ -164,8 +141,11 @@ def main_loop(sass: str) -> list[str]:
 
 def facts(case: DecodeCase) -> dict:
     """Machine-code facts of `case` as a plain dict (see the keys below)."""
-    tile_bytes = case.config.block_n * case.head_dim * 2 * kv_format(case.kv_dtype).element_bits // 8
-    return {**asdict(case), **_machine_code(compile_case(case), case.config.num_warps, tile_bytes)}
+    shape, config = case.shape, case.config
+    heads = shape.heads_a_program(config)
+    tile_bytes = heads * config.block_n * shape.head_dim * 2 * shape.fmt.element_bits // 8
+    named = asdict(shape) | {"arch": case.arch, "kv_dtype": shape.fmt.name, "config": asdict(config)}
+    return {**named, **_machine_code(compile_case(case), config.num_warps, tile_bytes)}
 
 
 def latent_facts(arch: int, kv_dtype: str, num_heads: int) -> dict:
@@ -195,48 +175,49 @@ def _machine_code(kernel: object, num_warps: int, tile_bytes: int) -> dict:
     }
 
 
+def _shape(kv_dtype: str, scales: str, head_dim: int, group_size: int, layout: str = "HND") -> DecodeShape:
+    """8 KV heads over blocks of 64."""
+    return DecodeShape(kv_format(kv_dtype), scales, layout, 64, 8, head_dim, group_size)
+
+
 SHIPPED = tuple(
-    (kv_dtype, scales, head_dim, group)
-    for kv_dtype, scales, head_dims in (
-        ("bf16", "none", HEAD_DIMS),
-        ("fp8_e4m3", "tensor", HEAD_DIMS),
-        ("fp8_e4m3", "token_head", HEAD_DIMS),
-        ("int8", "token_head", HEAD_DIMS),
-        ("int4", "block", FOUR_BIT_HEAD_DIMS),
-        ("nvfp4", "block", FOUR_BIT_HEAD_DIMS),
+    _shape(kv_dtype, scales, head_dim, group, layout)
+    for kv_dtype, scales, head_dims, layout in (
+        ("bf16", "none", HEAD_DIMS, "HND"),
+        ("fp8_e4m3", "tensor", HEAD_DIMS, "HND"),
+        ("fp8_e4m3", "token_head", HEAD_DIMS, "HND"),
+        ("int8", "token_head", HEAD_DIMS, "HND"),
+        ("fp8_e4m3", "token_head_inline", (64, 128), "NHD"),
+        ("int8", "token_head_inline", (64, 128), "NHD"),
+        ("int4", "block", FOUR_BIT_HEAD_DIMS, "HND"),
+        ("nvfp4", "block", FOUR_BIT_HEAD_DIMS, "HND"),
     )
     for head_dim in head_dims
     for group in (8, 16)
 )
 """What the configuration table is asked for: the dearest scales of each width, both group classes, every head_dim."""
 
+USUAL = (
+    _shape("bf16", "none", 128, 8),
+    _shape("fp8_e4m3", "tensor", 128, 8),
+    _shape("fp8_e4m3", "token_head", 128, 8),
+    _shape("fp8_e4m3", "token_head_inline", 128, 8),
+    _shape("fp8_e4m3", "token_head_inline", 128, 8, "NHD"),
+    _shape("fp8_e5m2", "token_head", 128, 8),
+    _shape("int8", "token_head", 128, 8),
+    _shape("int4", "block", 128, 8),
+)
+"""8 query heads a KV head and head_dim 128: 16-bit, int4, and 8-bit with every kind of scale."""
+
 
 def shipped_cases(arch: int) -> list[DecodeCase]:
     """Every entry of the configuration table on `arch`."""
-    return [
-        DecodeCase(arch, kv_dtype, scales, head_dim, group, 64, config)
-        for kv_dtype, scales, head_dim, group in SHIPPED
-        for config in decode_configs(arch, kv_format(kv_dtype).element_bits, head_dim, group)
-    ]
+    return [DecodeCase(arch, shape, config) for shape in SHIPPED for config in shape.configs(arch)]
 
 
 def usual_cases(arch: int) -> list[DecodeCase]:
-    """The defaults for 8 query heads a KV head and head_dim 128: 16-bit, int4, and 8-bit with every kind of scale."""
-    pairs = (
-        ("bf16", "none"),
-        ("fp8_e4m3", "tensor"),
-        ("fp8_e4m3", "token_head"),
-        ("fp8_e4m3", "token_head_inline"),
-        ("fp8_e5m2", "token_head"),
-        ("int8", "token_head"),
-        ("int4", "block"),
-    )
-    return [
-        DecodeCase(
-            arch, kv_dtype, scales, 128, 8, 64, decode_configs(arch, kv_format(kv_dtype).element_bits, 128, 8)[0]
-        )
-        for kv_dtype, scales in pairs
-    ]
+    """The usual shapes with their default configurations."""
+    return [DecodeCase(arch, shape, shape.configs(arch)[0]) for shape in USUAL]
 
 
 def main(arguments: list[str]) -> None:

@@ -69,6 +69,21 @@ def decode_configs(arch: int | None, element_bits: int, head_dim: int, group_siz
     return _DECODE[element_bits, head_dim, group_size > 8]
 
 
+INLINE_TILES = {(4, 64): 64, (4, 128): 32, (2, 128): 32}
+"""Tokens of a tile of `attend_inline` by (KV heads a program, head_dim)."""
+
+
+def inline_config(arch: int | None, head_dim: int, heads: int, block_size_tokens: int) -> Config:
+    """The configuration of `attend_inline` for `heads` KV heads a program and blocks of at least 16 tokens.
+
+    A warp a head, eight warps a multiprocessor, and one tile in flight, or as many as make its bytes where blocks are
+    smaller: more of any read slower.
+    """
+    whole = INLINE_TILES[heads, head_dim]
+    tile = min(whole, block_size_tokens)
+    return Config(tile, heads, 2 if arch is None else 1 + whole // tile, ctas_per_sm=8 // heads)
+
+
 _SMALL_SHARED_MEMORY = (86, 89, 120)
 """Architectures with 99 KB of shared memory a program."""
 

@@ -12,9 +12,8 @@ from pathlib import Path
 import torch
 import triton
 
-from ..configs import Config, decode_configs
+from ..configs import Config
 from ..device import architecture
-from ..formats import kv_format
 from .decode_attention import DecodeCell, measure
 
 MEASURED_TOKENS = 1 << 20
@@ -57,9 +56,7 @@ def choose(cell: DecodeCell, *, device: str = "cuda", time_cell=measure) -> Conf
 
     `time_cell(cell, samples=..., device=...)` returns a record with `time_s`; it is `measure` but for tests.
     """
-    candidates = decode_configs(
-        architecture(device), kv_format(cell.kv_dtype).element_bits, cell.head_dim, cell.group_size
-    )
+    candidates = cell.shape.configs(architecture(device))
     if len(candidates) == 1:
         return candidates[0]
     gpu = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "cpu"

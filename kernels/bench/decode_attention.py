@@ -6,6 +6,7 @@ import torch
 
 from ..configs import Config
 from ..decode_attention import DecodePlan
+from ..decode_attention.shape import DecodeShape
 from ..formats import kv_format
 from ..paged_cache import PagedKvCache, random_caches
 from ..reference.decode_attention import decode_attention as reference
@@ -37,6 +38,19 @@ class DecodeCell:
     sinks: bool = False
     config: Config | None = None
     num_chunks: int | None = field(default=None)
+
+    @property
+    def shape(self) -> DecodeShape:
+        """What a plan for it is made for."""
+        return DecodeShape(
+            kv_format(self.kv_dtype),
+            self.scale_granularity,
+            self.layout,
+            self.block_size_tokens,
+            self.num_kv_heads,
+            self.head_dim,
+            self.group_size,
+        )
 
     @property
     def num_q_heads(self) -> int:

@@ -37,7 +37,7 @@ NOT_SPECIALISED = ["batch_size", "num_chunks", "window", *(f"stride_{s}" for s i
 
 
 @triton.jit
-def _log2(x, UNPACK: tl.constexpr):
+def log2(x, UNPACK: tl.constexpr):
     """log2 of normal positive numbers; on NVIDIA GPUs one instruction."""
     if UNPACK == 0:
         y = tl.log2(x)
@@ -47,7 +47,7 @@ def _log2(x, UNPACK: tl.constexpr):
 
 
 @triton.jit
-def _reciprocal(x, UNPACK: tl.constexpr):
+def reciprocal(x, UNPACK: tl.constexpr):
     """1 / x of normal positive numbers; on NVIDIA GPUs one instruction."""
     if UNPACK == 0:
         y = 1.0 / x
@@ -57,16 +57,18 @@ def _reciprocal(x, UNPACK: tl.constexpr):
 
 
 @triton.jit
-def _store_columns(ptr, even, odd, columns_ok, WIDTH: tl.constexpr, PAIRED: tl.constexpr):
-    """Store a [WIDTH, heads] accumulator at ptr[heads] + dim: pairs of even and odd dims, or `even` as it is."""
-    rows = tl.arange(0, even.shape[0])
+def store_columns(ptr, even, odd, columns_ok, WIDTH: tl.constexpr, PAIRED: tl.constexpr):
+    """Store a [..., WIDTH, heads] accumulator at ptr[..., 1, heads] + dim: pairs of even and odd dims, or `even` as it
+    is. `columns_ok` is of `ptr`'s shape.
+    """
+    rows = tl.arange(0, even.shape[-2])[:, None]
     if PAIRED:
-        keep = columns_ok[None, :] & (rows < WIDTH // 2)[:, None]
-        tl.store(ptr[None, :] + 2 * rows[:, None], even.to(ptr.dtype.element_ty), mask=keep)
-        tl.store(ptr[None, :] + 2 * rows[:, None] + 1, odd.to(ptr.dtype.element_ty), mask=keep)
+        keep = columns_ok & (rows < WIDTH // 2)
+        tl.store(ptr + 2 * rows, even.to(ptr.dtype.element_ty), mask=keep)
+        tl.store(ptr + 2 * rows + 1, odd.to(ptr.dtype.element_ty), mask=keep)
     else:
-        keep = columns_ok[None, :] & (rows < WIDTH)[:, None]
-        tl.store(ptr[None, :] + rows[:, None], even.to(ptr.dtype.element_ty), mask=keep)
+        keep = columns_ok & (rows < WIDTH)
+        tl.store(ptr + rows, even.to(ptr.dtype.element_ty), mask=keep)
 
 
 @triton.jit
@@ -80,7 +82,7 @@ def product(a, b, c, EXACT_DOT: tl.constexpr):
 
 
 @triton.jit
-def _add_logits(logits, k, q, FORMAT: tl.constexpr, UNPACK: tl.constexpr, EXACT_DOT: tl.constexpr):
+def add_logits(logits, k, q, FORMAT: tl.constexpr, UNPACK: tl.constexpr, EXACT_DOT: tl.constexpr):
     """Logits + K Q^T for K `[tokens, dims]` as stored."""
     if FORMAT > 0:
         k = unpack_elements(k, FORMAT, UNPACK)
@@ -88,15 +90,15 @@ def _add_logits(logits, k, q, FORMAT: tl.constexpr, UNPACK: tl.constexpr, EXACT_
 
 
 @triton.jit
-def _add_values(even, odd, v, weights, decay, FORMAT: tl.constexpr, UNPACK: tl.constexpr, EXACT_DOT: tl.constexpr):
+def add_values(even, odd, v, weights, decay, FORMAT: tl.constexpr, UNPACK: tl.constexpr, EXACT_DOT: tl.constexpr):
     """Accumulator * decay + V^T W for V `[dims, tokens]` as stored (8 bits: pairs); `odd` only serves pairs."""
     if FORMAT > 0:
         v_even, v_odd = unpack_pairs(v, FORMAT, UNPACK)
         w = weights.to(tl.float16)
-        even = tl.dot(v_even, w, even * decay[None, :])
-        odd = tl.dot(v_odd, w, odd * decay[None, :])
+        even = tl.dot(v_even, w, even * decay)
+        odd = tl.dot(v_odd, w, odd * decay)
     else:
-        even = product(v, weights.to(v.dtype), even * decay[None, :], EXACT_DOT)
+        even = product(v, weights.to(v.dtype), even * decay, EXACT_DOT)
     return even, odd
 
 
@@ -255,10 +257,10 @@ def attend(
             else:
                 k = tl.load(k_at + dims[None, :])
             logits = tl.zeros([BLOCK_N, GP], tl.float32) - bias[None, :]
-            logits = _add_logits(logits, k, q, FORMAT, UNPACK, EXACT_DOT)
+            logits = add_logits(logits, k, q, FORMAT, UNPACK, EXACT_DOT)
             if DB > 0:
                 k = tl.load(k_at + k_tail[None, :])
-                logits = _add_logits(logits, k, q_tail, FORMAT, UNPACK, EXACT_DOT)
+                logits = add_logits(logits, k, q_tail, FORMAT, UNPACK, EXACT_DOT)
             if SCALES >= 2:
                 if SCALES == 2:
                     scale_at = page * stride_scale_page + in_page * stride_scale_token + kv_head * stride_scale_head
@@ -281,27 +283,27 @@ def attend(
             if SOFT_CAP:  # cap * tanh(x / cap), in units of log2
                 logits = soft_cap - 2.0 * soft_cap / (1.0 + tl.exp2(logits * (2.8853900817779268 / soft_cap)))
             if SCALES >= 2:
-                logits += _log2(v_scales, UNPACK)[:, None]
+                logits += log2(v_scales, UNPACK)[:, None]
             logits = tl.where(valid[:, None], logits, float("-inf"))
 
             new_peak = tl.maximum(peak, tl.max(logits, 0))
-            decay = tl.exp2(peak - new_peak)
+            decay = tl.exp2(peak - new_peak)[None, :]
             peak = new_peak
             weights = tl.exp2(logits - (new_peak - OFFSET)[None, :])
             if SCALES >= 2:
-                weight_sum = weight_sum * decay[None, :] + weights * _reciprocal(v_scales, UNPACK)[:, None]
+                weight_sum = weight_sum * decay + weights * reciprocal(v_scales, UNPACK)[:, None]
             else:
-                weight_sum = weight_sum * decay[None, :] + weights
+                weight_sum = weight_sum * decay + weights
 
             if DA > D:
                 v = tl.load(v_at + v_dims[:, None], mask=valid[None, :] & (v_dims < D // per_pair)[:, None], other=0)
             else:
                 v = tl.load(v_at + v_dims[:, None], mask=valid[None, :], other=0)
-            even, odd = _add_values(even, odd, v, weights, decay, FORMAT, UNPACK, EXACT_DOT)
+            even, odd = add_values(even, odd, v, weights, decay, FORMAT, UNPACK, EXACT_DOT)
             if DB > 0:
                 v_tail_at = v_at + (DA // per_pair + v_tail)[:, None]
                 v = tl.load(v_tail_at, mask=valid[None, :] & v_tail_ok, other=0)
-                even_tail, odd_tail = _add_values(even_tail, odd_tail, v, weights, decay, FORMAT, UNPACK, EXACT_DOT)
+                even_tail, odd_tail = add_values(even_tail, odd_tail, v, weights, decay, FORMAT, UNPACK, EXACT_DOT)
 
         total_weight = tl.sum(weight_sum, 0)
         lse = peak - OFFSET + tl.log2(total_weight)
@@ -314,17 +316,17 @@ def attend(
         even *= inverse[None, :]
         odd *= inverse[None, :]
         if complete:
-            out_row = out_ptr + seq * stride_out_batch.to(tl.int64) + (kv_head * G + heads) * D
-            _store_columns(out_row, even, odd, head_ok, min(DA, D), FORMAT > 0)
+            out_row = (out_ptr + seq * stride_out_batch.to(tl.int64) + (kv_head * G + heads) * D)[None, :]
+            store_columns(out_row, even, odd, head_ok[None, :], min(DA, D), FORMAT > 0)
             if DB > 0:
-                _store_columns(out_row + DA, even_tail * inverse, odd_tail * inverse, head_ok, DB, FORMAT > 0)
+                store_columns(out_row + DA, even_tail * inverse, odd_tail * inverse, head_ok[None, :], DB, FORMAT > 0)
         else:
             first_chunk, pieces, place = piece_of(chunk, seq_start, seq_tiles, total, chunks)
             slot = place * (KV_HEADS * G) + kv_head * G + heads
-            _store_columns(partial_ptr + slot * D, even, odd, head_ok, min(DA, D), FORMAT > 0)
+            row = (partial_ptr + slot * D)[None, :]
+            store_columns(row, even, odd, head_ok[None, :], min(DA, D), FORMAT > 0)
             if DB > 0:
-                tail_ptr = partial_ptr + slot * D + DA
-                _store_columns(tail_ptr, even_tail * inverse, odd_tail * inverse, head_ok, DB, FORMAT > 0)
+                store_columns(row + DA, even_tail * inverse, odd_tail * inverse, head_ok[None, :], DB, FORMAT > 0)
             tl.store(partial_lse_ptr + slot, lse, mask=head_ok)
             join_pieces(
                 sink_ptr,

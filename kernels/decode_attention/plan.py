@@ -4,40 +4,13 @@ import math
 
 import torch
 
-from ..configs import Config, decode_configs, padded_head_dim
+from ..configs import Config
 from ..device import KernelFacts, architecture, interpreting, loaded_facts, resident_ctas, unpack_mode
 from ..paged_cache import PagedKvCache
-from .join import NARROW
-from .kernel import attend
-from .kernel_int4 import attend_int4
-from .kernel_nvfp4 import attend_nvfp4
+from .shape import BATCH_BUCKETS, DecodeShape
 
-BATCH_BUCKETS = (1, 32, 128, 1024, 8192)
-SCALE_CODES = {"none": 0, "tensor": 1, "head": 1, "token_head": 2, "token_head_inline": 3, "block": 0}
 LEVELS = 4
 """Levels of the join: enough for 16**4 = 65,536 chunks."""
-
-
-def decode_kernel(kv_dtype: str):
-    """The kernel that reads caches of `kv_dtype`."""
-    return {"int4": attend_int4, "nvfp4": attend_nvfp4}.get(kv_dtype, attend)
-
-
-def join_stages(cells: int, tile_bytes: int, num_stages: int) -> int:
-    """Partial results of `cells` FP32 numbers that fit the main loop's tile buffers, at most eight."""
-    return max(2, min(NARROW.value, tile_bytes * (num_stages - 1) // (4 * cells)))
-
-
-def split_head_dim(element_bits: int, head_dim: int) -> tuple[int, int]:
-    """(width of the first tile, dims of the second) that a row of `head_dim` is read as; see the kernel's DA and DB."""
-    if padded_head_dim(element_bits, head_dim):
-        return _power_of_two(head_dim), 0
-    first = 1 << (head_dim.bit_length() - 1)
-    return first, head_dim - first
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 class DecodePlan:
@@ -78,53 +51,33 @@ class DecodePlan:
         self.num_q_heads = num_q_heads
         self.q_dtype = q_dtype
         self.sinks = sinks
-        self.config = config or decode_configs(self.arch, cache.fmt.element_bits, cache.head_dim, self.group)[0]
+        self._shape = DecodeShape.of(cache, self.group)
+        self.config = config or self._shape.configs(self.arch)[0]
         self._scalars = (
             (cache.head_dim**-0.5 if softmax_scale is None else softmax_scale) * math.log2(math.e),
             (soft_cap or 0.0) * math.log2(math.e),
             window_tokens or 0,
         )
-        self._shape = (cache.fmt, cache.scale_granularity, cache.layout, cache.block_size_tokens, cache.head_dim)
-        group_padded = max(8, _power_of_two(self.group))
-        dim_padded = _power_of_two(cache.head_dim)
-        first_dims, rest_dims = split_head_dim(cache.fmt.element_bits, cache.head_dim)
-        self._flags = {
-            "KV_HEADS": cache.num_kv_heads,
-            "G": self.group,
-            "GP": group_padded,
-            "D": cache.head_dim,
-            "DP": dim_padded,
-            "DA": first_dims,
-            "DB": rest_dims,
-            "PAGE": cache.block_size_tokens,
-            "BLOCK_N": self.config.block_n,
-            "STAGES": self.config.num_stages,
-            "FORMAT": cache.fmt.code,
-            "SCALES": SCALE_CODES[cache.scale_granularity],
-            "SOFT_CAP": soft_cap is not None,
-            "WINDOW": window_tokens is not None,
-            "SINKS": sinks is not None,
-            "BATCH": next(b for b in BATCH_BUCKETS if b >= self.batch),
-            "JOIN_STAGES": join_stages(
-                group_padded * dim_padded,
-                self.config.block_n * dim_padded * 2 * cache.fmt.element_bits // 8,
-                self.config.num_stages,
-            ),
-            "HEADS_TOGETHER": cache.layout == "NHD",
-            "UNPACK": unpack_mode(self.arch),
-            "EXACT_DOT": interpreting(),
-            "num_warps": self.config.num_warps,
-            "num_stages": self.config.num_stages,
-            **({"maxnreg": self.config.max_registers} if self.config.max_registers else {}),
-        }
-        self._kernel = decode_kernel(cache.fmt.name)
-        self._flags = {k: v for k, v in self._flags.items() if k.islower() or k in self._kernel.arg_names}
+        self._flags = self._shape.constants(
+            self.config,
+            soft_cap=soft_cap is not None,
+            window=window_tokens is not None,
+            sinks=sinks is not None,
+            batch=self.batch,
+            unpack=unpack_mode(self.arch),
+            exact_dot=interpreting(),
+        )
+        self._flags |= {"num_warps": self.config.num_warps, "num_stages": self.config.num_stages}
+        if self.config.max_registers:
+            self._flags["maxnreg"] = self.config.max_registers
+        self._kernel = self._shape.kernel(self.config)
+        self._programs = cache.num_kv_heads // self._shape.heads_a_program(self.config)
         self.num_chunks = num_chunks or 1
         self._allocate(cache)
         self.facts = self._compile(cache)
         if num_chunks is None:
             resident = resident_ctas(self.facts, self.arch, self.device, self.config.ctas_per_sm)
-            self.num_chunks = max(1, resident // cache.num_kv_heads)
+            self.num_chunks = max(1, resident // self._programs)
             self._allocate(cache)
 
     def _allocate(self, cache: PagedKvCache) -> None:
@@ -177,12 +130,12 @@ class DecodePlan:
 
         Lengths must be at least 1. `out`, when given, is contiguous in its last two dimensions.
         """
-        if (cache.fmt, cache.scale_granularity, cache.layout, cache.block_size_tokens, cache.head_dim) != self._shape:
+        if DecodeShape.of(cache, self.group) != self._shape:
             raise ValueError("this cache is not of the shape the plan was made for")
         if out is None:
             out = torch.empty_like(q)
         args, flags = self._attend_call(q, cache, out)
-        self._kernel[(self.num_chunks * cache.num_kv_heads,)](*args, **flags)
+        self._kernel[(self.num_chunks * self._programs,)](*args, **flags)
         return out
 
 

@@ -12,6 +12,8 @@ import torch
 
 from kvplan.kernels.configs import Config
 from kvplan.kernels.decode_attention import DecodePlan
+from kvplan.kernels.decode_attention.shape import DecodeShape
+from kvplan.kernels.formats import kv_format
 from kvplan.kernels.paged_cache import cache_from_dense, random_caches
 from kvplan.kernels.reference.decode_attention import decode_attention as reference
 from kvplan.kernels.reference.decode_attention import gather, relative_error
@@ -127,6 +129,79 @@ def test_lengths_around_a_tile(length):
 @pytest.mark.parametrize("num_chunks", [1, 2, 3, 7, 16])
 def test_any_cut_gives_the_same_answer(num_chunks):
     check([200, 1, 90, 31, 64], kv_heads=1, group=2, num_chunks=num_chunks)
+
+
+def check_inline(seq_lens, **options):
+    check(seq_lens, **{"scales": "token_head_inline", "layout": "NHD", "page": 64, "kv_heads": 4} | options)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 3, 8])
+@pytest.mark.parametrize("kv_dtype", ["fp8_e4m3", "fp8_e5m2", "int8"])
+def test_token_major_rows_with_their_own_scale(kv_dtype, kv_heads):
+    check_inline([70, 1, 33], kv_dtype=kv_dtype, kv_heads=kv_heads, group=2)
+
+
+@pytest.mark.parametrize("group", [1, 3, 4, 8, 16])
+def test_token_major_inline_rows_in_every_kind_of_group(group):
+    check_inline([40, 65], group=group)
+
+
+@pytest.mark.parametrize(("page", "block_n"), [(1, 16), (16, 16), (32, 16), (64, 32), (64, 64)])
+def test_token_major_inline_rows_in_every_block_size(page, block_n):
+    check_inline([page + 1, page, 2 * page - 1], page=page, block_n=block_n, group=2)
+
+
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+def test_token_major_inline_rows_of_every_head_dim(dim):
+    check_inline([40, 65], dim=dim, kv_heads=2, kv_dtype="int8")
+
+
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 64, 65])
+def test_token_major_inline_rows_around_a_tile(length):
+    check_inline([length], group=1)
+
+
+@pytest.mark.parametrize("num_chunks", [1, 3, 20])
+def test_token_major_inline_rows_in_any_cut(num_chunks):
+    check_inline([700, 40], num_chunks=num_chunks, block_n=16, group=3)
+
+
+@pytest.mark.parametrize("window_tokens", [1, 33, 500])
+def test_token_major_inline_rows_with_window_cap_and_sinks(window_tokens):
+    check_inline([300, 10, 65], window_tokens=window_tokens, soft_cap=8.0, sinks=torch.randn(32), num_chunks=10)
+
+
+@pytest.mark.parametrize("magnitude", [1e-7, 3e4])
+def test_token_major_inline_values_of_any_magnitude(magnitude):
+    v = torch.randn(300, 4, 64) * magnitude
+    v[::7] *= 1e-3
+    v[5] = 0
+    check_inline([300], v=[v], group=2)
+
+
+def test_heads_go_together_where_their_inline_rows_fill_sectors():
+    """An even number of rows of 128 + 16 bytes is a multiple of 32 bytes: four heads, or two, side by side."""
+    tile = Config(32, 4, 2)
+    shape = DecodeShape(kv_format("fp8_e4m3"), "token_head_inline", "NHD", 64, 8, 128, 8)
+    for changed, heads in (
+        ({}, 4),
+        ({"num_kv_heads": 6}, 2),
+        ({"num_kv_heads": 3}, 1),
+        ({"layout": "HND"}, 1),
+        ({"scale_granularity": "token_head"}, 1),
+        ({"head_dim": 80}, 1),
+        ({"block_size_tokens": 16}, 1),  # smaller than the tile
+    ):
+        assert replace(shape, **changed).heads_a_program(tile) == heads, changed
+
+
+@pytest.mark.parametrize("block_size_tokens", [16, 32, 64])
+def test_the_inline_kernels_own_tiles_lie_within_a_block_and_keep_as_many_bytes_in_flight(block_size_tokens):
+    shape = DecodeShape(kv_format("fp8_e4m3"), "token_head_inline", "NHD", block_size_tokens, 8, 128, 8)
+    (config,) = shape.configs(90)
+    assert shape.heads_a_program(config) == config.num_warps == 4
+    assert config.block_n <= block_size_tokens
+    assert config.block_n * (config.num_stages - 1) == 32
 
 
 @pytest.mark.parametrize(("pieces", "stages"), [(11, 2), (66, 2), (16, 5), (17, 5), (64, 5), (66, 5), (258, 5)])
