@@ -181,19 +181,21 @@ def _shape(kv_dtype: str, scales: str, head_dim: int, group_size: int, layout: s
 
 
 SHIPPED = tuple(
-    _shape(kv_dtype, scales, head_dim, group, layout)
-    for kv_dtype, scales, head_dims, layout in (
-        ("bf16", "none", HEAD_DIMS, "HND"),
-        ("fp8_e4m3", "tensor", HEAD_DIMS, "HND"),
-        ("fp8_e4m3", "token_head", HEAD_DIMS, "HND"),
-        ("int8", "token_head", HEAD_DIMS, "HND"),
-        ("fp8_e4m3", "token_head_inline", (64, 128), "NHD"),
-        ("int8", "token_head_inline", (64, 128), "NHD"),
-        ("int4", "block", FOUR_BIT_HEAD_DIMS, "HND"),
-        ("nvfp4", "block", FOUR_BIT_HEAD_DIMS, "HND"),
+    _shape(kv_dtype, scales, head_dim, group)
+    for kv_dtype, scales, head_dims in (
+        ("bf16", "none", HEAD_DIMS),
+        ("fp8_e4m3", "tensor", HEAD_DIMS),
+        ("fp8_e4m3", "token_head", HEAD_DIMS),
+        ("int8", "token_head", HEAD_DIMS),
+        ("int4", "block", FOUR_BIT_HEAD_DIMS),
+        ("nvfp4", "block", FOUR_BIT_HEAD_DIMS),
     )
     for head_dim in head_dims
     for group in (8, 16)
+) + tuple(
+    _shape(kv_dtype, "token_head_inline", head_dim, 8, "NHD")
+    for kv_dtype in ("fp8_e4m3", "int8")
+    for head_dim in (64, 128)
 )
 """What the configuration table is asked for: the dearest scales of each width, both group classes, every head_dim."""
 

@@ -70,7 +70,7 @@ def decode_configs(arch: int | None, element_bits: int, head_dim: int, group_siz
 
 
 INLINE_TILES = {(4, 64): 64, (4, 128): 32, (2, 128): 32}
-"""Tokens of a tile of `attend_inline` by (KV heads a program, head_dim)."""
+"""Tokens of a tile of `attend_inline` by (KV heads a program, head_dim); what is not here reads faster without it."""
 
 
 def inline_config(arch: int | None, head_dim: int, heads: int, block_size_tokens: int) -> Config:

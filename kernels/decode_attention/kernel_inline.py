@@ -77,7 +77,7 @@ def attend_inline(
     JOIN_STAGES: tl.constexpr,
     UNPACK: tl.constexpr,
 ):
-    """Attend to one chunk of tiles for HEADS KV heads; arguments as `kernel.attend`'s."""
+    """Attend to one chunk of tiles for HEADS KV heads; arguments as `kernel.attend`'s, but rows lie close in a page."""
     PARTS: tl.constexpr = KV_HEADS // HEADS
     part = tl.program_id(0) % PARTS
     chunk = tl.program_id(0) // PARTS

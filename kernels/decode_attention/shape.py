@@ -35,7 +35,7 @@ def split_head_dim(element_bits: int, head_dim: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class DecodeShape:
-    """A kind of cache and the query heads that share a KV head of it."""
+    """A kind of cache and the query heads that share a KV head of it. `dense`: no gaps between the rows of a block."""
 
     fmt: KvFormat
     scale_granularity: str
@@ -44,6 +44,7 @@ class DecodeShape:
     num_kv_heads: int
     head_dim: int
     group_size: int
+    dense: bool = True
 
     @classmethod
     def of(cls, cache: PagedKvCache, group_size: int) -> "DecodeShape":
@@ -56,13 +57,14 @@ class DecodeShape:
             cache.num_kv_heads,
             cache.head_dim,
             group_size,
+            all(x.stride()[1:] == (x.shape[2] * x.shape[3], x.shape[3], 1) for x in (cache.k, cache.v)),
         )
 
     @property
     def _heads_side_by_side(self) -> int:
         """KV heads that a program of `attend_inline` reads: 4 or 2, whose rows fill whole sectors; 1: none."""
         heads = math.gcd(self.num_kv_heads, 4)
-        inline = (self.scale_granularity, self.layout) == ("token_head_inline", "NHD")
+        inline = (self.scale_granularity, self.layout, self.dense) == ("token_head_inline", "NHD", True)
         return heads if inline and self.group_size <= 8 and (heads, self.head_dim) in INLINE_TILES else 1
 
     def configs(self, arch: int | None) -> tuple[Config, ...]:

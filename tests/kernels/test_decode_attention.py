@@ -191,8 +191,23 @@ def test_heads_go_together_where_their_inline_rows_fill_sectors():
         ({"scale_granularity": "token_head"}, 1),
         ({"head_dim": 80}, 1),
         ({"block_size_tokens": 16}, 1),  # smaller than the tile
+        ({"group_size": 16}, 1),
+        ({"dense": False}, 1),
     ):
         assert replace(shape, **changed).heads_a_program(tile) == heads, changed
+
+
+def test_inline_rows_with_gaps_between_tokens_are_read_as_well():
+    k, v = ([torch.randn(n, 4, 64) for n in (70, 33)] for _ in "kv")
+    cache = cache_from_dense(
+        k, v, kv_dtype="int8", scale_granularity="token_head_inline", layout="NHD", block_size_tokens=64, spare=99.0
+    )
+    wide = torch.zeros(*cache.k.shape[:2], 5, 80, dtype=torch.uint8)
+    wide[:, :, :4] = cache.k
+    cache = replace(cache, k=wide[:, :, :4])
+    q = torch.randn(2, 8, 64).bfloat16()
+    out = DecodePlan(cache, num_q_heads=8, config=Config(32, 4, 2), num_chunks=3).run(q, cache, torch.empty(q.shape))
+    assert relative_error(out, reference(q, cache)) <= 5e-4
 
 
 @pytest.mark.parametrize("block_size_tokens", [16, 32, 64])
