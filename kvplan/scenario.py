@@ -78,7 +78,7 @@ def one_deployment(path: Path) -> Deployment:
 def _deployment(path: Path, number: int, shared: Mapping[str, Any], entry: Any) -> Deployment:
     if not isinstance(entry, dict):
         raise InputError(f"{path}: deployment {number} is not a set of fields", hint="write - {model: 70b, gpu: h200}")
-    options = {**shared, **entry}
+    options = {key: _plain(value) for key, value in {**shared, **entry}.items()}
     for key, value in options.items():
         if not isinstance(key, str) or not isinstance(value, str | int | float | bool | None):
             raise InputError(f"{path}: {shorten(key, 40)} of deployment {number} must be text, a number, true or false")
@@ -87,6 +87,12 @@ def _deployment(path: Path, number: int, shared: Mapping[str, Any], entry: Any) 
         raise InputError(f"{path}: name of deployment {number} must be text, not {str(name).lower()}")
     fallback = options.get("model") or f"deployment {number}"
     return Deployment(str(fallback if name is None else name), options)
+
+
+def _plain(value: Any) -> Any:
+    """A list of words as the command line writes it, ``bf16,fp8``; anything else as it is."""
+    words = isinstance(value, list) and all(isinstance(item, str) for item in value)
+    return ",".join(value) if words else value
 
 
 def _parsed(path: Path) -> Mapping[str, Any]:

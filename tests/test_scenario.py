@@ -69,6 +69,12 @@ def test_merged_fields_are_read_and_nested_merges_grow_no_further_than_their_key
     assert time.monotonic() - began < 1
 
 
+def test_a_list_of_words_is_what_the_command_line_writes(tmp_path: Path) -> None:
+    assert one_deployment(written(tmp_path, "model: 8b\ncompare: [bf16, fp8]\n")).options["compare"] == "bf16,fp8"
+    with pytest.raises(InputError, match="tp of deployment 1 must be text"):
+        read_scenario(written(tmp_path, "model: 8b\ntp: [1, 2]\n"))
+
+
 def test_names_and_versions_are_text_as_written(tmp_path: Path) -> None:
     """YAML 1.1 would make false, 8, 750, a date and 0.3 of them."""
     names = ["no", "010", "12:30", "2026-11-24", "1e3", "null"]
