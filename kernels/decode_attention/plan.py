@@ -1,6 +1,7 @@
 """Host side of decode attention: buffers, configuration and launches for one shape."""
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -18,7 +19,8 @@ class DecodePlan:
 
     `cache` is any layer's cache (its tensors are only looked at for shapes, strides and dtypes). `num_chunks` fixes the
     number of chunks a KV head is cut into (default: what fills the GPU once). `window_tokens`, `soft_cap` and `sinks`
-    as in the reference. ValueError when the query does not fit the cache, or a layer's cache is 32 GiB or larger.
+    as in the reference; `heads_a_program` KV heads share a program. ValueError when the query does not fit the cache,
+    or a layer's cache is 32 GiB or larger.
     """
 
     def __init__(
@@ -51,14 +53,17 @@ class DecodePlan:
         self.num_q_heads = num_q_heads
         self.q_dtype = q_dtype
         self.sinks = sinks
-        self._shape = DecodeShape.of(cache, self.group)
-        self.config = config or self._shape.configs(self.arch)[0]
+        shape = self._shape = DecodeShape.of(cache, self.group)
+        if config is None and self.batch == 1:  # joining several heads' pieces costs one sequence more than it saves
+            shape = replace(shape, side_by_side=False)
+        self.config = config or shape.configs(self.arch)[0]
+        self.heads_a_program = shape.heads_a_program(self.config)
         self._scalars = (
             (cache.head_dim**-0.5 if softmax_scale is None else softmax_scale) * math.log2(math.e),
             (soft_cap or 0.0) * math.log2(math.e),
             window_tokens or 0,
         )
-        self._flags = self._shape.constants(
+        self._flags = shape.constants(
             self.config,
             soft_cap=soft_cap is not None,
             window=window_tokens is not None,
@@ -70,8 +75,8 @@ class DecodePlan:
         self._flags |= {"num_warps": self.config.num_warps, "num_stages": self.config.num_stages}
         if self.config.max_registers:
             self._flags["maxnreg"] = self.config.max_registers
-        self._kernel = self._shape.kernel(self.config)
-        self._programs = cache.num_kv_heads // self._shape.heads_a_program(self.config)
+        self._kernel = shape.kernel(self.config)
+        self._programs = cache.num_kv_heads // self.heads_a_program
         self.num_chunks = num_chunks or 1
         self._allocate(cache)
         self.facts = self._compile(cache)

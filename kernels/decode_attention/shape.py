@@ -35,7 +35,10 @@ def split_head_dim(element_bits: int, head_dim: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class DecodeShape:
-    """A kind of cache and the query heads that share a KV head of it. `dense`: no gaps between the rows of a block."""
+    """A kind of cache, the query heads that share a KV head of it, and whether neighbouring heads may be read together.
+
+    They may where rows of a block lie without gaps (`side_by_side`).
+    """
 
     fmt: KvFormat
     scale_granularity: str
@@ -44,7 +47,7 @@ class DecodeShape:
     num_kv_heads: int
     head_dim: int
     group_size: int
-    dense: bool = True
+    side_by_side: bool = True
 
     @classmethod
     def of(cls, cache: PagedKvCache, group_size: int) -> "DecodeShape":
@@ -64,7 +67,7 @@ class DecodeShape:
     def _heads_side_by_side(self) -> int:
         """KV heads that a program of `attend_inline` reads: 4 or 2, whose rows fill whole sectors; 1: none."""
         heads = math.gcd(self.num_kv_heads, 4)
-        inline = (self.scale_granularity, self.layout, self.dense) == ("token_head_inline", "NHD", True)
+        inline = (self.scale_granularity, self.layout, self.side_by_side) == ("token_head_inline", "NHD", True)
         return heads if inline and self.group_size <= 8 and (heads, self.head_dim) in INLINE_TILES else 1
 
     def configs(self, arch: int | None) -> tuple[Config, ...]:

@@ -192,7 +192,7 @@ def test_heads_go_together_where_their_inline_rows_fill_sectors():
         ({"head_dim": 80}, 1),
         ({"block_size_tokens": 16}, 1),  # smaller than the tile
         ({"group_size": 16}, 1),
-        ({"dense": False}, 1),
+        ({"side_by_side": False}, 1),
     ):
         assert replace(shape, **changed).heads_a_program(tile) == heads, changed
 
@@ -208,6 +208,17 @@ def test_inline_rows_with_gaps_between_tokens_are_read_as_well():
     q = torch.randn(2, 8, 64).bfloat16()
     out = DecodePlan(cache, num_q_heads=8, config=Config(32, 4, 2), num_chunks=3).run(q, cache, torch.empty(q.shape))
     assert relative_error(out, reference(q, cache)) <= 5e-4
+
+
+@pytest.mark.parametrize(("seq_lens", "heads"), [([40, 65], 4), ([65], 1)])
+def test_one_sequence_alone_has_its_inline_rows_read_head_by_head(seq_lens, heads):
+    (cache,) = random_caches(
+        seq_lens, kv_dtype="int8", scale_granularity="token_head_inline", layout="NHD", num_kv_heads=4, device="cpu"
+    )
+    plan = DecodePlan(cache, num_q_heads=8)
+    q = torch.randn(len(seq_lens), 8, 128).bfloat16()
+    assert plan.heads_a_program == heads
+    assert relative_error(plan.run(q, cache, torch.empty(q.shape)), reference(q, cache)) <= 5e-4
 
 
 @pytest.mark.parametrize("block_size_tokens", [16, 32, 64])
