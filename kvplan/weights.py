@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 from kvplan.dtypes import SCALAR_BYTES, WEIGHT_FORMATS, WeightFormat, weight_format
 from kvplan.model_config.quantization import matches
@@ -41,27 +42,37 @@ class WeightBytes:
     detail: str
 
 
+class _Ranks(NamedTuple):
+    """Over how many ranks linear layers are split, every expert is split, and experts are dealt to whole."""
+
+    tp: int = 1
+    moe_tp: int = 1
+    ep: int = 1
+
+
 @lru_cache(maxsize=1024)
 def weight_bytes(model: ModelConfig, *, tp_size: int = 1, pp_size: int = 1, ep_size: int = 1,
-                 weight_dtype: str | None = None) -> WeightBytes:  # fmt: skip
+                 moe_tp_size: int | None = None, weight_dtype: str | None = None) -> WeightBytes:  # fmt: skip
     """Weights of the fullest rank.
 
     Args:
         model: the model.
         tp_size: tensor parallel ranks.
         pp_size: pipeline ranks.
-        ep_size: ranks that share the experts (1: experts are split like columns over TP).
+        ep_size: ranks that experts are dealt to whole; 1 splits each of them.
+        moe_tp_size: ranks that each expert is then split over; None is ``tp_size``.
         weight_dtype: how linear layers are stored, when not as the checkpoint says.
 
     Raises:
         UnknownNameError: no such weight dtype.
 
     """
-    model_total, _ = _rank_bytes(model, weight_dtype, 1, 1, 0, model.num_layers, True, True)
+    model_total, _ = _rank_bytes(model, weight_dtype, _Ranks(), 0, model.num_layers, True, True)
     best: tuple[int, dict[str, int]] = (0, {})
+    ranks = _Ranks(tp_size, tp_size if moe_tp_size is None else moe_tp_size, ep_size)
     for rank, (low, high) in enumerate(pipeline_bounds(model.num_layers, pp_size)):
         first, last = rank == 0, rank == pp_size - 1
-        found = _rank_bytes(model, weight_dtype, tp_size, ep_size, low, high, first, last)
+        found = _rank_bytes(model, weight_dtype, ranks, low, high, first, last)
         best = max(best, found, key=lambda item: item[0])
     total, by_role = best
     exact = model.exact_weights
@@ -99,7 +110,7 @@ def _is_mtp(name: str, skipped: set[int]) -> bool:
     return position < len(parts) and parts[position].isdigit() and int(parts[position]) in skipped
 
 
-def _rank_bytes(model: ModelConfig, weight_dtype: str | None, tp: int, ep: int, low: int, high: int, first: bool,
+def _rank_bytes(model: ModelConfig, weight_dtype: str | None, ranks: _Ranks, low: int, high: int, first: bool,
                 last: bool) -> tuple[int, dict[str, int]]:  # fmt: skip
     """(bytes, bytes by role) of the layers ``[low, high)`` on one TP rank, with what the first and last rank add."""
     roles: dict[str, int] = {}
@@ -107,7 +118,7 @@ def _rank_bytes(model: ModelConfig, weight_dtype: str | None, tp: int, ep: int, 
         if not (last if weight.role in ("lm_head", "norm") else first) and not _is_tied_head(model, weight, last):
             continue
         roles[weight.role] = roles.get(weight.role, 0) + _stored_bytes(
-            model, _shard(model, weight, tp, ep), None, weight_dtype
+            model, _shard(model, weight, ranks), None, weight_dtype
         )
     memo: dict[tuple[int, int], dict[str, int]] = {}
     per_module = _is_per_module(model.quantization) and weight_dtype is None
@@ -118,7 +129,7 @@ def _rank_bytes(model: ModelConfig, weight_dtype: str | None, tp: int, ep: int, 
         if found is None:
             found = {}
             for weight in layer.weights:
-                stored = _stored_bytes(model, _shard(model, weight, tp, ep), index, weight_dtype)
+                stored = _stored_bytes(model, _shard(model, weight, ranks), index, weight_dtype)
                 found[weight.role] = found.get(weight.role, 0) + stored
             memo[key] = found
         for role, value in found.items():
@@ -131,11 +142,11 @@ def _is_tied_head(model: ModelConfig, weight: Weight, last: bool) -> bool:
     return last and weight.role == "embedding" and not any(w.role == "lm_head" for w in model.outer_weights)
 
 
-def _shard(model: ModelConfig, weight: Weight, tp: int, ep: int) -> Weight:
+def _shard(model: ModelConfig, weight: Weight, ranks: _Ranks) -> Weight:
     """The part of ``weight`` one rank holds."""
-    if tp == 1 and ep == 1:
+    if max(ranks) == 1:
         return weight
-    shape = weight.shape
+    shape, tp = weight.shape, ranks.tp
     if weight.sharding == "column":
         return replace(weight, shape=(ceil_div(shape[0], tp), *shape[1:]))
     if weight.sharding == "row" and len(shape) > 1:
@@ -145,13 +156,13 @@ def _shard(model: ModelConfig, weight: Weight, tp: int, ep: int) -> Weight:
     if weight.sharding == "kv":
         return replace(weight, shape=(max(ceil_div(shape[0], tp), _kv_row_floor(model, weight)), *shape[1:]))
     if weight.sharding == "expert":
-        if ep > 1:
-            return replace(weight, copies=ceil_div(weight.copies, ep))
+        if ranks.ep > 1:
+            return replace(weight, copies=ceil_div(weight.copies, ranks.ep))
         if len(shape) == 1:
-            return replace(weight, shape=(ceil_div(shape[0], tp),))
+            return replace(weight, shape=(ceil_div(shape[0], ranks.moe_tp),))
         axis = 1 if weight.name.endswith("down_proj") else 0
         split = list(shape)
-        split[axis] = ceil_div(split[axis], tp)
+        split[axis] = ceil_div(split[axis], ranks.moe_tp)
         return replace(weight, shape=tuple(split))
     return weight
 

@@ -621,6 +621,11 @@ def test_vllm_shares_experts_over_data_parallel_ranks_and_other_engines_copy_the
     assert weights(dp_size=2) == weights(dp_size=2, ep=True)
     assert weights(dp_size=2, engine="sglang") == weights()
     assert weights(model="70b", dp_size=2) == weights(model="70b")
+    # 8 experts on 16 ranks: each is in two parts, where dealt whole one a rank would be twice as much
+    mixtral = 32 * 8 * 3 * 4096 * 14336 * 2
+    assert (
+        weights(model="mixtral-8x7b", tp_size=8) - weights(model="mixtral-8x7b", tp_size=8, dp_size=2) == mixtral // 16
+    )
 
 
 def test_a_pipeline_stage_captures_graphs_of_its_own_layers() -> None:

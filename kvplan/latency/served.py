@@ -286,9 +286,8 @@ def family_of(model: ModelConfig) -> str:
 
 
 def _available_bytes(setup: Setup, deployment: Deployment) -> int | None:
-    """KV budget of one GPU: the sizing budget, with the weights of this split of attention and experts."""
-    spread = deployment.attention_dp_size > 1 or deployment.expert_parallel_size > 1
-    request = replace(setup.request, dp_size=deployment.attention_dp_size, ep=spread)
-    setup = replace(setup, request=request)
+    """KV budget of one GPU: the sizing budget of one replica, whose ranks share the experts on every engine."""
+    request = replace(setup.request, dp_size=deployment.attention_dp_size, ep=deployment.expert_parallel_size > 1)
+    setup = replace(setup, request=request, engine=replace(setup.engine, experts_span_dp=True))
     budget = budget_of(setup, weights_of(setup))
     return -budget.excess_bytes if budget.excess_bytes else budget.kv_bytes

@@ -46,9 +46,9 @@ class Setup:
 
     @property
     def expert_ranks(self) -> int:
-        """Ranks that share the experts; 1 splits them over TP alone."""
-        spread = self.request.ep or (self.engine.experts_span_dp and self.request.dp_size > 1)
-        return self.request.tp_size * self.request.dp_size if spread else 1
+        """Ranks that share the experts, whole or in parts."""
+        spread = self.request.ep or self.engine.experts_span_dp
+        return self.request.tp_size * (self.request.dp_size if spread else 1)
 
     @property
     def batch_per_replica(self) -> int:
@@ -226,8 +226,9 @@ def weights_of(setup: Setup) -> WeightBytes | None:
         return WeightBytes(
             share, {}, total, "assumed", f"{request.num_parameters:,} parameters of {bits} bits, split evenly"
         )
-    return weight_bytes(setup.model, tp_size=request.tp_size, pp_size=request.pp_size, ep_size=setup.expert_ranks,
-                        weight_dtype=request.weight_dtype)  # fmt: skip
+    ranks = setup.expert_ranks
+    return weight_bytes(setup.model, tp_size=request.tp_size, pp_size=request.pp_size, moe_tp_size=ranks,
+                        ep_size=ranks if request.ep else 1, weight_dtype=request.weight_dtype)  # fmt: skip
 
 
 def budget_of(setup: Setup, weights: WeightBytes | None) -> Budget:
