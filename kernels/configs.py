@@ -48,8 +48,8 @@ _DECODE = {
     (8, 192, True): _capped((32, 8, 3), registers=None),
     (8, 256, True): _capped((32, 4, 3), registers=None),
     (16, 64, False): _capped((64, 4, 3), (64, 2, 3)),
-    (16, 80, False): _capped((32, 2, 3), (64, 4, 3)),
-    (16, 96, False): _capped((32, 2, 3), (64, 4, 3)),
+    (16, 80, False): _capped((64, 2, 3), registers=248) + _capped((32, 2, 3)),
+    (16, 96, False): _capped((64, 4, 2), (32, 2, 3)),
     (16, 128, False): _capped((64, 4, 3), (32, 2, 3), (64, 4, 2)),
     (16, 192, False): _capped((32, 4, 3), (32, 2, 2), registers=None),
     (16, 256, False): _capped((32, 4, 2), (32, 4, 3), registers=None),
@@ -82,6 +82,13 @@ def inline_config(arch: int | None, head_dim: int, heads: int, block_size_tokens
     whole = INLINE_TILES[heads, head_dim]
     tile = min(whole, block_size_tokens)
     return Config(tile, heads, 2 if arch is None else 1 + whole // tile, ctas_per_sm=8 // heads)
+
+
+def pairs_configs(arch: int | None) -> tuple[Config, ...]:
+    """Candidates for `attend_pairs`; a cap of 168 registers spills on sm_100."""
+    if arch is None:
+        return (Config(32, 4, 2),)
+    return _capped((64, 2, 3), registers=168 if arch < 100 else None)
 
 
 _SMALL_SHARED_MEMORY = (86, 89, 120)
