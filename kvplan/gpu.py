@@ -26,6 +26,7 @@ class GpuSpec:
         dense_flops_per_s: dense peak per dtype (``bf16``, ``fp8`` …); None where the hardware has no such unit.
         link_bytes_per_s: one direction of the GPU-to-GPU link.
         facts: field → where the figure comes from; a ``caveat`` of the memory says how it is not what programs see.
+        smi_memory_bytes: the total that ``nvidia-smi`` shows, a little more; None where it is the same or not known.
 
     """
 
@@ -42,6 +43,12 @@ class GpuSpec:
     link_bytes_per_s: float | None = None
     link_max_gpus: int | None = None
     facts: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    smi_memory_bytes: int | None = None
+
+    @property
+    def reported_memory_bytes(self) -> int:
+        """The total that the driver's tools report, by which some engines set their defaults."""
+        return self.smi_memory_bytes or self.memory_bytes
 
     @property
     def sm(self) -> int | None:
@@ -104,6 +111,7 @@ def gpu_from_profile(data: Mapping[str, Any], where: str) -> GpuSpec:
         link_bytes_per_s=_positive(links, "bandwidth_bytes_per_s", where, 1e15, optional=True),
         link_max_gpus=_whole(_positive(links, "max_gpus", where, 2**16, optional=True)),
         facts=data.get("facts") or {},
+        smi_memory_bytes=_whole(_positive(data, "smi_memory_bytes", where, 2**50, optional=True)),
     )
 
 
@@ -169,7 +177,13 @@ def local_gpu() -> GpuSpec:
         return GpuSpec(LOCAL, shown, "nvidia", f"sm{major}{minor}", total, facts=facts)
     from dataclasses import replace
 
-    return replace(known, memory_bytes=total, architecture=f"sm{major}{minor}", facts={**known.facts, **facts})
+    return replace(
+        known,
+        memory_bytes=total,
+        smi_memory_bytes=None,
+        architecture=f"sm{major}{minor}",
+        facts={**known.facts, **facts},
+    )
 
 
 def profile_of_device(device: str, memory_bytes: int) -> GpuSpec | None:

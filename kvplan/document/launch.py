@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable
+from dataclasses import replace
 
 from kvplan import profiles
 from kvplan.document.parts import Launch
@@ -75,13 +76,16 @@ def _above_one(count: int) -> int | None:
 
 def _fraction(setup: Setup, engine: str) -> float:
     """The planned fraction on the planned engine, the other engine's own default elsewhere."""
-    return setup.fraction if setup.engine.name == engine else ENGINES[engine].default_fraction(setup.gpu, (0, 0))
+    if setup.engine.name == engine:
+        return setup.fraction
+    options = replace(setup.options, version=None, batched_tokens=0)
+    return ENGINES[engine].default_fraction(setup.model, options).value
 
 
 def _vllm(setup: Setup, kv_dtype: str, users: int | None) -> tuple[str | None, list[str]]:
     request, mine = setup.request, setup.engine.name == "vllm"
     given = request.kv_cache_memory_bytes if mine else None
-    fraction = setup.fraction if mine else ENGINES["vllm"].default_fraction(setup.gpu, (0, 33))
+    fraction = _fraction(setup, "vllm")
     sixteen = kv_format(kv_dtype).key_bits == 16
     if ":" in kv_dtype:
         return None, [f"vLLM has no KV format {kv_dtype}"]
@@ -126,6 +130,7 @@ def _sglang(setup: Setup, kv_dtype: str, users: int | None) -> tuple[str | None,
         ("--max-running-requests", users if request.max_num_seqs is None else request.max_num_seqs),
         ("--kv-cache-dtype", SGLANG_KV[kv_dtype]),
         ("--page-size", request.block_size_tokens),
+        ("--chunked-prefill-size", request.max_num_batched_tokens),
         ("--disable-radix-cache", None if request.enable_prefix_caching else True),
         ("--mem-fraction-static", f"{_fraction(setup, 'sglang'):g}"),
     ]

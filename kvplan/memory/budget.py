@@ -1,7 +1,9 @@
 """From a GPU's memory to the bytes left for the KV cache, term by term, each with its source.
 
 vLLM: ``ceil(total × utilisation) − weights − activation peak − CUDA graphs − other`` (``v1/worker/gpu_worker.py``
-``determine_available_memory``). SGLang: ``total × mem-fraction-static − weights``. TensorRT-LLM: ``fraction × free``.
+``determine_available_memory``). SGLang: ``(total − other) ×
+mem-fraction-static − weights``, other being what is taken before weights are loaded (``model_runner.py``,
+``mem_cache/kv_cache_configurator.py`` ``_profile_available_bytes``). TensorRT-LLM: ``fraction × free``.
 Activations, graphs and other memory depend on kernels and drivers and are estimates (``assumed``); each has a flag.
 """
 
@@ -12,6 +14,7 @@ from math import ceil
 
 from kvplan.gpu import GpuSpec
 from kvplan.memory.engines import Engine
+from kvplan.memory.engines.options import MemoryFraction
 from kvplan.memory.request import Source
 from kvplan.model_config.types import ModelConfig
 from kvplan.units import MIB, ceil_div, format_gib
@@ -67,12 +70,13 @@ class BudgetInputs:
 
     gpu: GpuSpec | None
     engine: Engine
-    fraction: float
+    fraction: MemoryFraction
     fraction_given: bool
     batched_tokens: int
     num_seqs: int
     tp_size: int
     subtracts_graphs: bool = True
+    kept_share: float = 1.0
     num_layers: int = 0
     version: str = ""
     kv_cache_memory_bytes: int | None = None
@@ -91,7 +95,7 @@ def memory_budget(model: ModelConfig | None, weights: WeightBytes | None, inputs
     weight = _given(inputs.weights_bytes, "--weights-memory") or _weights(weights)
     others = (weight.value_bytes or 0) + (activation.value_bytes or 0) + (graphs.value_bytes or 0)
     others += overhead.value_bytes or 0
-    usable = _usable(inputs, total, weight, others)
+    usable = _usable(inputs, total, overhead, others)
     if inputs.kv_cache_memory_bytes is not None:
         kv = Term(inputs.kv_cache_memory_bytes, "given", "given; the budget is skipped", "--kv-cache-memory-bytes")
     elif usable.value_bytes is None or weight.value_bytes is None:
@@ -105,6 +109,7 @@ def memory_budget(model: ModelConfig | None, weights: WeightBytes | None, inputs
         static = inputs.engine.fraction_of == "static"
         if static:
             activation, graphs, overhead = (_outside(term) for term in (activation, graphs, overhead))
+            overhead = replace(overhead, detail=f"{overhead.detail}, taken before weights are loaded")
         left = usable.value_bytes - (weight.value_bytes if static else others)
         kv = Term(left, "assumed", "what is left of usable memory", "--kv-cache-memory-bytes")
     return Budget(total, usable, weight, activation, graphs, overhead, kv)
@@ -133,20 +138,25 @@ def _total(gpu: GpuSpec | None) -> Term:
                 "--gpu-memory")  # fmt: skip
 
 
-def _usable(inputs: BudgetInputs, total: Term, weights: Term, others: int) -> Term:
-    engine, fraction = inputs.engine, inputs.fraction
+def _usable(inputs: BudgetInputs, total: Term, overhead: Term, others: int) -> Term:
+    engine, fraction = inputs.engine, inputs.fraction.value
     flag = engine.fraction_flag
     if total.value_bytes is None:
         return Term(None, None, "no GPU named", flag)
-    why = "given" if inputs.fraction_given else f"default of {engine.name} {inputs.version}, {engine.fraction_source}"
+    how = inputs.fraction.formula or engine.fraction_source
+    why = "given" if inputs.fraction_given else f"default of {engine.name} {inputs.version}, {how}"
     source: Source = "given" if inputs.fraction_given else ("exact" if engine.exact else "assumed")
     if engine.fraction_of == "free":
         free = total.value_bytes - others
         usable = others + int(max(free, 0) * fraction)
         return Term(usable, source, f"everything else + {fraction:g} of the {format_gib(free)} left free ({why})", flag)
+    if engine.fraction_of == "static":
+        free = max(total.value_bytes - (overhead.value_bytes or 0), 0)
+        kept = f" × {inputs.kept_share:g} on aiter" if inputs.kept_share != 1 else ""
+        detail = f"{fraction:g}{kept} of the {format_gib(free)} free before weights, for weights and KV ({why})"
+        return Term(int(free * fraction * inputs.kept_share), source, detail, flag)
     usable = ceil(total.value_bytes * fraction)
-    what = "of total, for weights and KV" if engine.fraction_of == "static" else "of total"
-    return Term(usable, source, f"⌈{total.value_bytes:,} × {fraction:g}⌉ {what} ({why})", flag)
+    return Term(usable, source, f"⌈{total.value_bytes:,} × {fraction:g}⌉ of total ({why})", flag)
 
 
 def _weights(weights: WeightBytes | None) -> Term:

@@ -29,8 +29,16 @@ def make_plan(setup: Setup, plan: CachePlan) -> SizePlan:
         memory=_memory(budget),
         fits=fits(setup, plan, budget),
         answers=answers_of(setup, plan, budget.kv_bytes),
-        rules=(*(Rule(name=n, formula=f, source=s) for n, f, s in plan.rules), *_block_rules(setup, plan)),
+        rules=(
+            *(Rule(name=n, formula=f, source=s) for n, f, s in (*plan.rules, *_fraction_rules(setup))),
+            *_block_rules(setup, plan),
+        ),
     )
+
+
+def _fraction_rules(setup: Setup) -> tuple[tuple[str, str, str], ...]:
+    """How the memory fraction comes about, where it counts."""
+    return () if setup.request.kv_cache_memory_bytes is not None else setup.memory_fraction.rules
 
 
 def _block_rules(setup: Setup, plan: CachePlan) -> Iterator[Rule]:

@@ -11,7 +11,7 @@ from kvplan.gpu import GpuSpec, custom_gpu, profile_of_device, resolve_gpu
 from kvplan.memory.budget import Budget, BudgetInputs, memory_budget
 from kvplan.memory.cache_plan import CachePlan
 from kvplan.memory.engines import Engine, parse_version, resolve_engine
-from kvplan.memory.engines.options import EngineOptions
+from kvplan.memory.engines.options import EngineOptions, MemoryFraction
 from kvplan.memory.engines.vllm_versions import VersionRules
 from kvplan.memory.request import SizeRequest
 from kvplan.model_config import resolve_model
@@ -35,9 +35,14 @@ class Setup:
     gpu: GpuSpec | None
     options: EngineOptions
     batched_tokens: int
-    fraction: float
+    memory_fraction: MemoryFraction
     context_tokens: int
     max_model_len_tokens: int
+
+    @property
+    def fraction(self) -> float:
+        """The engine's memory fraction, given or its default."""
+        return self.memory_fraction.value
 
     @property
     def num_replicas(self) -> int:
@@ -105,7 +110,8 @@ def set_up(request: SizeRequest) -> Setup:
     version = parse_version(request.engine_version, engine.version)
     gpu = _gpu_of(request)
     rules = VersionRules(version if engine.name == "vllm" else (0, 33))
-    batched = request.max_num_batched_tokens or rules.default_batched_tokens(gpu)
+    own = engine.default_batched_tokens
+    batched = request.max_num_batched_tokens or (own(gpu, version) if own else rules.default_batched_tokens(gpu))
     num_seqs = request.max_num_seqs or rules.default_num_seqs(gpu)
     context = request.context_tokens or request.max_model_len_tokens or model.max_context_tokens
     if context is None:
@@ -127,10 +133,14 @@ def set_up(request: SizeRequest) -> Setup:
         block_size_tokens=request.block_size_tokens,
         enable_prefix_caching=request.enable_prefix_caching,
         tokens_in_flight=rules.tokens_in_flight(batched, request.pp_size),
+        batched_tokens=batched,
         max_num_seqs=num_seqs,
+        running_limit=request.max_num_seqs,
+        longest_tokens=max_len,
         version=version,
     )
-    fraction = request.gpu_memory_utilization or engine.default_fraction(gpu, version)
+    given = request.gpu_memory_utilization
+    fraction = engine.default_fraction(model, options) if given is None else MemoryFraction(given)
     return _with_limit_for_batch(
         Setup(request, model, has_model, engine, gpu, options, batched, fraction, context, max_len)
     )
@@ -203,7 +213,10 @@ def _gpu_of(request: SizeRequest) -> GpuSpec | None:
     if request.gpu_memory_bytes is None:
         return gpu
     return replace(
-        gpu, memory_bytes=request.gpu_memory_bytes, facts={**gpu.facts, "memory_bytes": {"source": "--gpu-memory"}}
+        gpu,
+        memory_bytes=request.gpu_memory_bytes,
+        smi_memory_bytes=None,
+        facts={**gpu.facts, "memory_bytes": {"source": "--gpu-memory"}},
     )
 
 
@@ -238,7 +251,8 @@ def budget_of(setup: Setup, weights: WeightBytes | None) -> Budget:
     inputs = BudgetInputs(
         gpu=setup.gpu,
         engine=setup.engine,
-        fraction=setup.fraction,
+        fraction=setup.memory_fraction,
+        kept_share=setup.engine.kept_share(setup.model, setup.options),
         fraction_given=request.gpu_memory_utilization is not None,
         batched_tokens=setup.batched_tokens,
         num_seqs=setup.options.max_num_seqs,

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvplan.model_config.families import find_family
-from kvplan.model_config.families.vision import vision_weights
+from kvplan.model_config.families.vision import stated_vision, vision_weights
 from kvplan.model_config.fields import Fields
 from kvplan.model_config.quantization import read_quantization
 from kvplan.model_config.types import ExactWeights, ModelConfig
@@ -79,6 +79,7 @@ def read_model_config(
         notes=tuple(notes),
         family=family.name,
         extra=parts.extra,
+        vision_config=stated_vision(outer),
     )
 
 

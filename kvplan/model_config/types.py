@@ -221,6 +221,8 @@ class ModelConfig:
         dtype: torch dtype of unquantised weights.
         quantization: None for a 16-bit checkpoint.
         notes: what the reader assumed or left out, for people.
+        vision_config: of a model with a vision tower, what its config states of ``num_hidden_layers`` and
+            ``hidden_size`` under these names; None without one.
 
     """
 
@@ -240,6 +242,7 @@ class ModelConfig:
     notes: tuple[str, ...] = ()
     family: str = "plain"
     extra: dict[str, int] = field(default_factory=dict)
+    vision_config: dict[str, int] | None = None
 
     @property
     def num_layers(self) -> int:

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from kvplan.errors import InputError, UnknownNameError, shorten
 from kvplan.gpu import GpuSpec
 from kvplan.memory.cache_plan import CachePlan
-from kvplan.memory.engines.options import EngineOptions
+from kvplan.memory.engines.options import EngineOptions, MemoryFraction
 from kvplan.model_config.types import ModelConfig
-from kvplan.units import GIB
 
 PlanFunction = Callable[[ModelConfig, EngineOptions], CachePlan]
 
@@ -26,9 +25,11 @@ class Engine:
         name, version: default version of the rules.
         plan_cache: the rule set.
         fraction_of: ``total`` (vLLM: the KV budget is fraction × total less everything else), ``static`` (SGLang:
-            weights and KV together get fraction × total) or ``free`` (TensorRT-LLM: KV gets fraction × what is free
-            after everything else).
-        default_fraction: for a GPU and version.
+            weights and KV together get fraction × what is free before weights are loaded) or ``free`` (TensorRT-LLM:
+            KV gets fraction × what is free after everything else).
+        default_fraction: for a model and options, with its derivation where there is one.
+        kept_share: what of the fraction, a given one too, the engine really takes.
+        default_batched_tokens: tokens of a step unless told, for a GPU and version; None where they are vLLM's.
         fraction_flag: the engine's own option.
         exact: whether the rules reproduce the engine's allocator.
         default_num_seqs: requests a replica runs at once unless told, for a GPU and version; None where the rules do
@@ -42,12 +43,14 @@ class Engine:
     version: str
     plan_cache: PlanFunction
     fraction_of: str
-    default_fraction: Callable[[GpuSpec | None, tuple[int, ...]], float]
+    default_fraction: Callable[[ModelConfig, EngineOptions], MemoryFraction]
     fraction_flag: str
     fraction_source: str
     exact: bool
     default_num_seqs: Callable[[GpuSpec | None, tuple[int, ...]], int | None] = lambda gpu, version: None
     experts_span_dp: bool = False
+    default_batched_tokens: Callable[[GpuSpec | None, tuple[int, ...]], int] | None = None
+    kept_share: Callable[[ModelConfig, EngineOptions], float] = lambda model, options: 1.0
 
 
 def _vllm_plan(model: ModelConfig, options: EngineOptions) -> CachePlan:
@@ -74,10 +77,10 @@ def _generic_plan(model: ModelConfig, options: EngineOptions) -> CachePlan:
     return generic.plan_cache(model, options)
 
 
-def _vllm_fraction(gpu: GpuSpec | None, version: tuple[int, ...]) -> float:
-    from kvplan.memory.engines.vllm_versions import VersionRules
+def _vllm_fraction(model: ModelConfig, options: EngineOptions) -> MemoryFraction:
+    from kvplan.memory.engines.vllm_versions import CURRENT, VersionRules
 
-    return VersionRules(version).default_fraction
+    return MemoryFraction(VersionRules(options.version or CURRENT).default_fraction)
 
 
 def _vllm_num_seqs(gpu: GpuSpec | None, version: tuple[int, ...]) -> int:
@@ -86,15 +89,26 @@ def _vllm_num_seqs(gpu: GpuSpec | None, version: tuple[int, ...]) -> int:
     return VersionRules(version).default_num_seqs(gpu)
 
 
-def _sglang_fraction(gpu: GpuSpec | None, version: tuple[int, ...]) -> float:
-    """SGLang leaves room for activations and graphs by GPU size (``server_args.py``); typical values."""
-    if gpu is None:
-        return 0.88
-    return 0.88 if gpu.memory_bytes >= 60 * GIB else 0.85 if gpu.memory_bytes >= 35 * GIB else 0.8
+def _sglang_fraction(model: ModelConfig, options: EngineOptions) -> MemoryFraction:
+    from kvplan.memory.engines import sglang_memory
+
+    return sglang_memory.default_fraction(model, options)
 
 
-def _constant(value: float) -> Callable[[GpuSpec | None, tuple[int, ...]], float]:
-    return lambda gpu, version: value
+def _sglang_batched(gpu: GpuSpec | None, version: tuple[int, ...]) -> int:
+    from kvplan.memory.engines import sglang_memory
+
+    return sglang_memory.default_batched_tokens(gpu, version)
+
+
+def _sglang_share(model: ModelConfig, options: EngineOptions) -> float:
+    from kvplan.memory.engines import sglang_memory
+
+    return sglang_memory.aiter_share(model, options)
+
+
+def _constant(value: float) -> Callable[[ModelConfig, EngineOptions], MemoryFraction]:
+    return lambda model, options: MemoryFraction(value)
 
 
 ENGINES: dict[str, Engine] = {
@@ -103,7 +117,7 @@ ENGINES: dict[str, Engine] = {
         Engine("vllm", "0.33", _vllm_plan, "total", _vllm_fraction, "--gpu-memory-utilization",
                "vllm/config/cache.py", True, _vllm_num_seqs, experts_span_dp=True),
         Engine("sglang", "0.5", _sglang_plan, "static", _sglang_fraction, "--mem-fraction-static",
-               "sglang/srt/server_args.py", False),
+               "sglang/srt", False, default_batched_tokens=_sglang_batched, kept_share=_sglang_share),
         Engine("tensorrt-llm", "1.3", _tensorrt_llm_plan, "free", _constant(0.9), "free_gpu_memory_fraction",
                "tensorrt_llm/llmapi/llm_args.py KvCacheConfig", False),
         Engine("generic", "1", _generic_plan, "total", _constant(0.9), "--gpu-memory-utilization",

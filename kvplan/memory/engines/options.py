@@ -8,11 +8,21 @@ from kvplan.gpu import GpuSpec
 
 
 @dataclass(frozen=True)
+class MemoryFraction:
+    """An engine's memory fraction and how it comes about: a formula with numbers, and rules as in ``CachePlan``."""
+
+    value: float
+    formula: str = ""
+    rules: tuple[tuple[str, str, str], ...] = ()
+
+
+@dataclass(frozen=True)
 class EngineOptions:
     """Options of one engine instance.
 
     ``version`` is a tuple such as ``(0, 33)``, or None for the rule set's own; ``tokens_in_flight`` is what vLLM
-    calls ``max_in_flight_tokens``; ``gpu`` is None when only the model's needs are asked for.
+    calls ``max_in_flight_tokens``; ``gpu`` is None when only the model's needs are asked for; ``running_limit`` is a
+    stated ``max_num_seqs``, ``longest_tokens`` the longest request the server is told of.
     """
 
     kv_cache_dtype: str
@@ -25,7 +35,10 @@ class EngineOptions:
     block_size_tokens: int | None = None
     enable_prefix_caching: bool = True
     tokens_in_flight: int = 0
+    batched_tokens: int = 0
     max_num_seqs: int = 1024
+    running_limit: int | None = None
+    longest_tokens: int = 0
     version: tuple[int, ...] | None = None
 
     @property

@@ -10,6 +10,15 @@ GATED_TOWERS = ("pixtral", "gemma4_vision", "mistral3")
 """Towers whose MLP has a gate and whose linear layers have no biases."""
 
 
+def stated_vision(outer: Fields) -> dict[str, int] | None:
+    """Layers and width of ``vision_config`` where it states them by CLIP's names; None without a tower."""
+    fields = outer.child("vision_config")
+    if fields is None:
+        return None
+    found = {name: fields.optional_integer(name) for name in ("num_hidden_layers", "hidden_size")}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def vision_weights(outer: Fields) -> list[Weight]:
     """The tower described by ``vision_config``, or nothing when the config gives no dimensions.
 

@@ -1,0 +1,134 @@
+"""What SGLang sets aside of a GPU unless it is told. Expected fractions are what servers printed in public logs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import kvplan
+from kvplan.memory.engines.sglang_memory import reserves
+from kvplan.memory.request import make_request
+from kvplan.memory.setup import Setup, set_up
+from kvplan.units import GIB, MIB
+
+
+def server(**request: Any) -> Setup:
+    return set_up(make_request({"engine": "sglang", "context_tokens": 8192, **request}))
+
+
+@pytest.mark.parametrize(
+    ("printed", "request_fields"),
+    [
+        # SGLang's own notebooks, run in February and March 2026, and threads of that year; the last one names no GPU,
+        # but has its 32 GB and its graphs
+        (0.835, {"model": "8b", "gpu": "h100", "engine_version": "0.5.8"}),
+        (0.907, {"model": "8b", "gpu": "h200", "engine_version": "0.5.9"}),
+        (0.83, {"model": "8b", "gpu": "h100", "engine_version": "0.5.10"}),
+        (0.903, {"model": "8b", "gpu": "h200", "engine_version": "0.5.10"}),
+        (0.828, {"model": "qwen3-32b", "gpu": "h100", "tp_size": 2, "engine_version": "0.5.14"}),
+        (0.897, {"model": "deepseek-v3.2", "gpu": "h200", "tp_size": 8, "engine_version": "0.5.10"}),
+        (0.83, {"model": "qwen3-30b-a3b", "gpu": "h100", "engine_version": "0.5.20"}),
+        (0.718, {"model": "gemma-4-26b-a4b", "gpu": "rtx-5090", "engine_version": "0.5.22"}),
+    ],
+)
+def test_the_default_fraction_is_the_one_that_servers_print(printed: float, request_fields: dict[str, Any]) -> None:
+    assert round(server(**request_fields).fraction, 3) == printed
+
+
+def test_every_term_of_the_fraction_is_said() -> None:
+    setup = server(model="8b", gpu="h200", tp_size=4)
+    # 512 + 1.5 × 8,192 + 2 × 512 + 1,024 × 4 / 8 + 8 × 58 prompt lengths up to 8,192
+    assert [term.mebibytes for term in reserves(setup.model, setup.options)] == [512, 12288, 1024, 512, 464]
+    assert setup.fraction == round(1 - 14800 / 143771, 3) == 0.897
+    plan = kvplan.size(model="8b", gpu="h200", tp_size=4, engine="sglang", context_tokens=8192)
+    assert "14,800 MiB set aside / 143,771 MiB" in plan.memory.sources["usable_bytes"].detail
+    rules = {rule.name: rule for rule in plan.rules}
+    assert "1.5 MiB × 8,192 tokens" in rules["set aside for activations"].formula
+    assert all("0.5.23" in rule.source for name, rule in rules.items() if name.startswith("set aside"))
+
+
+def test_a_given_fraction_takes_the_place_of_the_default_and_of_its_derivation() -> None:
+    plan = kvplan.size(model="8b", gpu="h200", engine="sglang", context_tokens=8192, gpu_memory_utilization=0.8)
+    assert plan.memory.sources["usable_bytes"].source == "given"
+    assert plan.request.gpu_memory_utilization == 0.8
+    assert not [rule for rule in plan.rules if rule.name.startswith("set aside")]
+
+
+def test_the_fraction_is_of_what_is_free_before_weights_are_loaded() -> None:
+    memory = kvplan.size(model="8b", gpu="h200", engine="sglang", context_tokens=8192, overhead_bytes=GIB).memory
+    assert memory.total_bytes is not None and memory.weights_bytes is not None
+    assert memory.usable_bytes == int((memory.total_bytes - GIB) * 0.903)
+    assert memory.kv_cache_bytes == memory.usable_bytes - memory.weights_bytes
+
+
+def test_the_fraction_follows_the_chunk_the_graphs_and_the_ranks() -> None:
+    def reserved(**request: Any) -> float:
+        setup = server(model="8b", gpu="h100", **request)
+        return sum(term.mebibytes for term in reserves(setup.model, setup.options))
+
+    assert reserved() == 512 + 12288 + 512 + 128 + 464
+    # 42 prompt lengths up to 2,048 tokens; less than 10 GiB is not set aside on a GPU of more than 60 GiB
+    assert reserved(max_num_batched_tokens=2048) == 10 * 1024
+    assert reserved(max_num_batched_tokens=16384) == 512 + 24576 + 512 + 128 + 8 * 74
+    assert reserved(max_num_seqs=64) == reserved() - 2 * (256 - 64)
+    assert reserved(max_num_seqs=64, engine_version="0.5.21") == reserved()
+    assert reserved(pp_size=4) == 512 + 12288 + 512 + 512  # no graphs of prefill in a pipeline
+    # attention on 8 data-parallel ranks: 512 × 8 × 4.5 MiB more, and TP is the 8 of all ranks
+    assert reserved(dp_size=8, ep=True) == 512 + 12288 + 1024 + 1024 + 512 * 8 * 4.5 + 464
+
+
+def test_latent_attention_takes_more_for_prefill_graphs_and_none_on_blackwell() -> None:
+    def terms(gpu: str, model: str = "deepseek-r1") -> dict[str, float]:
+        setup = server(model=model, gpu=gpu, tp_size=8)
+        return {term.what: term.mebibytes for term in reserves(setup.model, setup.options)}
+
+    assert terms("h200")["prefill graphs"] == 1536
+    assert "prefill graphs" not in terms("b200")
+    assert "prefill graphs" not in terms("mi300x", "qwen3-32b")
+
+
+def test_a_vision_tower_takes_a_share_of_the_fraction() -> None:
+    # Qwen3-VL names its layers "depth": 24 are taken; 24 × 1,152² is 1.2656 of ViT-L/14, so 0.95 × (1 − 0.02656)
+    whole = 1 - (512 + 12288 + 512 + 128) / 81559
+    assert server(model="qwen3-vl-8b", gpu="h100").fraction == pytest.approx(
+        round(whole, 3) * 0.95 * (1 - 0.02656), 1e-4
+    )
+    assert server(model="gemma-3-27b", gpu="h100").fraction == 0.83  # served as text unless asked
+
+
+def test_aiter_on_amd_keeps_part_of_any_fraction_for_long_requests() -> None:
+    def usable(**request: Any) -> int:
+        plan = kvplan.size(model="qwen3-32b", gpu="mi300x", engine="sglang", gpu_memory_utilization=0.8, **request)
+        assert plan.memory.usable_bytes is not None
+        return plan.memory.usable_bytes
+
+    assert usable(context_tokens=16384) == pytest.approx(0.85 * usable(context_tokens=8192))
+
+
+def test_small_gpus_changed_their_defaults_in_0_5_20() -> None:
+    assert server(model="8b", gpu="rtx-4090").batched_tokens == 4096
+    assert server(model="8b", gpu="rtx-4090", engine_version="0.5.18").batched_tokens == 2048
+    assert server(model="8b", gpu="a100-80gb").batched_tokens == 8192
+    assert server(model="8b", gpu="b200").batched_tokens == 16384
+
+
+def test_nvidia_smi_shows_a_little_more_than_programs_see() -> None:
+    for name in ("h100", "h200", "b200", "a100-80gb", "l40s", "rtx-5090"):
+        gpu = server(model="8b", gpu=name).gpu
+        assert gpu is not None and gpu.smi_memory_bytes is not None
+        assert 0 < gpu.smi_memory_bytes - gpu.memory_bytes < 1100 * MIB
+    named = server(model="8b", gpu="h100", gpu_memory_bytes=70 * GIB).gpu
+    assert named is not None and named.reported_memory_bytes == 70 * GIB
+
+
+def test_a_start_on_an_h100_is_planned_within_a_percent() -> None:
+    """Qwen3-30B-A3B-FP8 on one H100, August 2026: fraction 0.83, weights 29.15 GiB, 392,920 tokens of bf16 KV."""
+    plan = kvplan.size(model="qwen3-30b-a3b", gpu="h100", engine="sglang", weight_dtype="fp8_block",
+                       context_tokens=8192)  # fmt: skip
+    assert plan.memory.weights_bytes == pytest.approx(29.15 * GIB, rel=0.005)
+    assert plan.kv_cache.capacity_tokens == pytest.approx(392_920, rel=0.01)
+    taken = int(79.19 * GIB) - int(78.48 * GIB)
+    reported = kvplan.size(model="qwen3-30b-a3b", gpu="h100", engine="sglang", context_tokens=8192,
+                           weights_bytes=int(29.15 * GIB), overhead_bytes=taken)  # fmt: skip
+    assert reported.kv_cache.capacity_tokens == pytest.approx(392_920, rel=0.002)
