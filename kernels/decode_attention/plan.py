@@ -55,7 +55,7 @@ class DecodePlan:
         self.sinks = sinks
         shape = self._shape = DecodeShape.of(cache, self.group)
         if config is None and self.batch == 1:  # joining several heads' pieces costs one sequence more than it saves
-            shape = replace(shape, side_by_side=False)
+            shape = replace(shape, one_sequence=True)
         self.config = config or shape.configs(self.arch)[0]
         self.heads_a_program = shape.heads_a_program(self.config)
         self._scalars = (

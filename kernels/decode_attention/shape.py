@@ -36,9 +36,9 @@ def split_head_dim(element_bits: int, head_dim: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class DecodeShape:
-    """A kind of cache, the query heads that share a KV head of it, and whether neighbouring heads may be read together.
+    """A kind of cache, and the query heads that share a KV head of it.
 
-    They may where rows of a block lie without gaps (`side_by_side`).
+    `dense`: no gaps between the rows of a block; `one_sequence`: the cut is for a batch of one.
     """
 
     fmt: KvFormat
@@ -48,7 +48,8 @@ class DecodeShape:
     num_kv_heads: int
     head_dim: int
     group_size: int
-    side_by_side: bool = True
+    dense: bool = True
+    one_sequence: bool = False
 
     @classmethod
     def of(cls, cache: PagedKvCache, group_size: int) -> "DecodeShape":
@@ -61,15 +62,16 @@ class DecodeShape:
             cache.num_kv_heads,
             cache.head_dim,
             group_size,
-            all(x.stride()[1:] == (x.shape[2] * x.shape[3], x.shape[3], 1) for x in (cache.k, cache.v)),
+            dense=all(x.stride()[1:] == (x.shape[2] * x.shape[3], x.shape[3], 1) for x in (cache.k, cache.v)),
         )
 
     @property
     def _heads_side_by_side(self) -> int:
         """KV heads that a program of `attend_inline` reads: 4 or 2, whose rows fill whole sectors; 1: none."""
         heads = math.gcd(self.num_kv_heads, 4)
-        inline = (self.scale_granularity, self.layout, self.side_by_side) == ("token_head_inline", "NHD", True)
-        return heads if inline and self.group_size <= 8 and (heads, self.head_dim) in INLINE_TILES else 1
+        inline = (self.scale_granularity, self.layout, self.dense) == ("token_head_inline", "NHD", True)
+        wanted = inline and not self.one_sequence
+        return heads if wanted and self.group_size <= 8 and (heads, self.head_dim) in INLINE_TILES else 1
 
     @property
     def in_pairs(self) -> bool:

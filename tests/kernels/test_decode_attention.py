@@ -192,7 +192,8 @@ def test_heads_go_together_where_their_inline_rows_fill_sectors():
         ({"head_dim": 80}, 1),
         ({"block_size_tokens": 16}, 1),  # smaller than the tile
         ({"group_size": 16}, 1),
-        ({"side_by_side": False}, 1),
+        ({"dense": False}, 1),
+        ({"one_sequence": True}, 1),
     ):
         assert replace(shape, **changed).heads_a_program(tile) == heads, changed
 
