@@ -33,6 +33,8 @@ from kvplan.samples import Sample
 Array = NDArray[Any]
 KIND = "mla_decode"
 LATENT, ROPE = 512, 64
+FLOPS_PER_ROW = 2 * (2 * LATENT + ROPE)
+"""Of one query head with one token: both products."""
 ENGINE_TILE_ROWS = 64
 RANGE = (1e-15, 1e18)
 """Of a parameter in a file."""
@@ -71,7 +73,7 @@ def mla_s(theta: Array, cases: LatentCases, hw: Hardware, tile_rows: int = ENGIN
     launch, chain, bandwidth, flops, page, sequence = (p[..., j, :] for j in range(len(MLA)))
     tokens = cases.batch * np.cbrt(cases.context**3 + page**3)
     stream = tokens * cases.token_bytes / (hw.peak * bandwidth)
-    products = 2 * tokens * np.maximum(cases.heads, tile_rows) * (2 * LATENT + ROPE) / (hw.flops * flops)
+    products = tokens * np.maximum(cases.heads, tile_rows) * FLOPS_PER_ROW / (hw.flops * flops)
     body = np.sqrt(stream**2 + products**2 + (sequence * cases.batch / hw.sms) ** 2)
     return np.asarray(launch + chain * np.log2(1 + cases.context / 256) + body)
 
@@ -120,7 +122,7 @@ def samples_document(
 
 def _start(cases: LatentCases, latency_s: Array, hw: Hardware, tile_rows: int) -> tuple[Parameter, ...]:
     """Where a fit of samples of any device starts: at the products a second that it is seen to reach at least."""
-    flops = 2 * cases.batch * cases.context * np.maximum(cases.heads, tile_rows) * (2 * LATENT + ROPE)
+    flops = cases.batch * cases.context * np.maximum(cases.heads, tile_rows) * FLOPS_PER_ROW
     least = float((flops / latency_s).max() / hw.flops)
     return tuple(replace(p, prior=least, spread=ANY_FLOPS_SPREAD) if p.name == "flops_fraction" else p for p in MLA)
 
@@ -151,6 +153,7 @@ class LatentCalibration:
 
     name: str
     gpu: str
+    engine: str
     hardware: Hardware
     tile_rows: int
     num_heads: tuple[float, float]
@@ -160,6 +163,15 @@ class LatentCalibration:
     def covers(self, num_heads: int) -> bool:
         """Whether so many query heads a rank lie within what was measured."""
         return self.num_heads[0] <= num_heads <= self.num_heads[1]
+
+    def slope_s(self, kv_dtype: str, num_heads: int, token_bytes: float) -> float | None:
+        """Seconds a sequence's token of context takes in one layer, where nothing else counts; None as below."""
+        if kv_dtype not in self.entries:
+            return None
+        values = dict(zip((p.name for p in MLA), np.exp(self.entries[kv_dtype]), strict=True))
+        stream = token_bytes / (self.hardware.peak * values["bandwidth_fraction"])
+        rows = max(num_heads, self.tile_rows)
+        return float(np.hypot(stream, FLOPS_PER_ROW * rows / (self.hardware.flops * values["flops_fraction"])))
 
     def latency_s(
         self, kv_dtype: str, batch: int, context_tokens: int, num_heads: int, token_bytes: int
@@ -181,9 +193,9 @@ def latent_from_json(data: Mapping[str, Any], where: str, origin: str) -> Latent
         ProfileError: a field is missing, of the wrong type, NaN or not positive; the message names it.
 
     """
+    if data.get("kind") != KIND:
+        raise ProfileError(f"{where}: kind must be {KIND!r}, not {shorten(data.get('kind'))}")
     check_other(data, where)
-    if data["kind"] != KIND:
-        raise ProfileError(f"{where}: kind must be {KIND!r}, not {shorten(data['kind'])}")
     check = Checker(where)
     entries = {}
     for label, entry in data["entries"].items():
@@ -193,7 +205,7 @@ def latent_from_json(data: Mapping[str, Any], where: str, origin: str) -> Latent
     made_with = " ".join(part for part in (data["engine"], data.get("engine_version")) if part)
     samples = int(check.number(data, "num_samples", "num_samples", 0, 1e12))
     return LatentCalibration(
-        data["name"], data["gpu"], hardware_from_json(check, data),
+        data["name"], data["gpu"], data["engine"], hardware_from_json(check, data),
         int(check.number(data, "tile_rows", "tile_rows", 1, 1024)),
         check.pair(check.table(data, "valid_range").get("num_heads"), "valid_range.num_heads"), entries,
         f"calibration {data['name']} ({made_with}, {samples:,} samples, {data['date']}, {origin})",
@@ -212,3 +224,22 @@ def find_latent(gpu_name: str, engine: str, num_heads: int) -> LatentCalibration
         if calibration.covers(num_heads):
             return calibration
     return None
+
+
+def read_latent(path: Path, gpu_name: str, num_heads: int) -> LatentCalibration:
+    """The latent-attention calibration in ``path``, which must be of ``gpu_name`` and cover ``num_heads``.
+
+    Raises:
+        ProfileError: it cannot be read, breaks its schema, or is of another GPU or number of query heads.
+
+    """
+    found = latent_from_json(store.read(path), str(path), store.GIVEN)
+    if found.gpu != gpu_name:
+        raise ProfileError(f"{path}: a calibration of {shorten(found.gpu, 40)}, not of {gpu_name}",
+                           hint="calibrate on this GPU, or leave --calibration out")  # fmt: skip
+    if not found.covers(num_heads):
+        low, high = found.num_heads
+        of = f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}"
+        raise ProfileError(f"{path}: of {of} query heads a rank, here are {num_heads}",
+                           hint="measure with the same --tp, or leave --calibration out")  # fmt: skip
+    return found

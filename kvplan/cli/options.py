@@ -189,7 +189,9 @@ OverheadMemory = Annotated[
 Calibration = Annotated[
     str | None,
     typer.Option(
-        "--calibration", help="Attention calibration (`kvplan calibrate`) to use for this GPU.", rich_help_panel=ENGINE
+        "--calibration",
+        help="Attention calibration (of `kvplan calibrate` or `measure`) to use for this GPU.",
+        rich_help_panel=ENGINE,
     ),
 ]
 Layers = Annotated[

@@ -13,7 +13,8 @@ from kvplan.document.surfaces import contexts_of
 from kvplan.dtypes import AUTO, canonical_kv_dtype
 from kvplan.errors import InputError, KvplanError, UnsupportedError
 from kvplan.gpu import GpuSpec
-from kvplan.latency.kv import attention_calibration
+from kvplan.latency.kv import given_calibration, is_latent
+from kvplan.latency.latent import latent_heads
 from kvplan.latency.lines import ItlLine
 from kvplan.memory.cache_plan import CachePlan
 from kvplan.memory.plan import SizePlan
@@ -80,7 +81,8 @@ def make_plans(options: Mapping[str, Any]) -> Plans:
     if plan.memory.kv_cache_bytes is None or setup.gpu is None:
         raise InputError("the memory of this GPU is unknown", hint="add --gpu-memory 80GiB")
     if question.calibration is not None:  # an unusable file is an error, not a precision without times
-        attention_calibration(setup.gpu.name, setup.engine.name, question.calibration)
+        heads = latent_heads(setup.model, setup.request.tp_size)
+        given_calibration(question.calibration, setup.gpu.name, setup.engine.name, is_latent(setup.model), heads)
     run = None if question.measured is None else read_run(question.measured, setup.gpu.name)
     cache = cache_plan(setup)
     room = 0 if plan.memory.excess_bytes else max(plan.memory.kv_cache_bytes, 0)

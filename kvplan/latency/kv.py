@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvplan.dtypes import kv_format
+from kvplan.errors import InputError
 from kvplan.gpu import GpuSpec, load_gpu
-from kvplan.latency.latent import latent_speed
+from kvplan.latency.latent import latent_calibration, latent_speed
 from kvplan.memory.request import Source
 from kvplan.model_config.types import ModelConfig
 from kvplan.roofline import relative_kv_efficiency
 
 if TYPE_CHECKING:
     from kvplan.calibration.attention import AttentionCalibration
+    from kvplan.calibration.latent import LatentCalibration
 
 LATENT_KINDS = {"mla", "compressed", "indexer"}
 REFERENCE_HEAD_DIM = 128
@@ -49,17 +51,37 @@ def attention_calibration(gpu_name: str, engine: str, path: str | None = None) -
     return find_attention(gpu_name, engine) if path is None else read_attention(Path(path), gpu_name)
 
 
-def calibration_note(gpu_name: str, engine: str, path: str | None) -> str | None:
+def given_calibration(
+    path: str, gpu_name: str, engine: str, latent: bool, heads: int | None
+) -> AttentionCalibration | LatentCalibration | None:
+    """The calibration in ``path``, of a model's attention: plain, or latent with ``heads`` query heads a rank.
+
+    Raises:
+        InputError: the model's latent attention is sparse or compressed (``heads`` is None).
+        ProfileError: it holds no calibration of this GPU and kind of attention.
+
+    """
+    if not latent:
+        return attention_calibration(gpu_name, engine, path)
+    if heads is None:
+        raise InputError(f"{path}: no calibration is of sparse or compressed latent attention",
+                         hint="leave --calibration out")  # fmt: skip
+    return latent_calibration(gpu_name, engine, heads, path)
+
+
+def calibration_note(
+    gpu_name: str, engine: str, path: str | None, latent: bool = False, heads: int | None = None
+) -> str | None:
     """What to say of a calibration that is not of ``engine``'s own kernels; None where nothing is to say.
 
     Raises:
-        ProfileError: ``path`` is given and holds no calibration of this GPU.
+        InputError, ProfileError: ``path`` is given and not one of this GPU and attention; see ``given_calibration``.
 
     """
     from kvplan.calibration import store
 
     if path is not None:
-        given = attention_calibration(gpu_name, engine, path)
+        given = given_calibration(path, gpu_name, engine, latent, heads)
         what, of = "the calibration given", None if given is None else given.engine
     else:
         found = store.find("attention", gpu_name, engine)
@@ -92,7 +114,8 @@ def kv_speed(gpu_name: str, engine: str, kv_dtype: str, latent: bool, calibratio
     fmt = kv_format(kv_dtype)
     bits = min(fmt.key_bits, fmt.value_bits)
     if latent_heads is not None and bits >= 8:
-        return _latent_kv_speed(load_gpu(gpu_name), engine, 16 if bits >= 16 else 8, latent_heads)
+        given = latent_calibration(gpu_name, engine, latent_heads, calibration_path)
+        return _latent_kv_speed(load_gpu(gpu_name), given, 16 if bits >= 16 else 8, latent_heads)
     if bits >= 16:
         return KvSpeed(1.0, "exact", "16 bits are the reference")
     calibration = None if latent else attention_calibration(gpu_name, engine, calibration_path)
@@ -111,16 +134,16 @@ def kv_speed(gpu_name: str, engine: str, kv_dtype: str, latent: bool, calibratio
                    f"{efficiency:.0%} of the bandwidth of 16-bit KV")  # fmt: skip
 
 
-def _latent_kv_speed(gpu: GpuSpec, engine: str, bits: int, heads: int) -> KvSpeed:
+def _latent_kv_speed(gpu: GpuSpec, calibration: LatentCalibration | None, bits: int, heads: int) -> KvSpeed:
     """Time per byte over that of 16 bits and at most 64 heads a rank.
 
     8 bits take between half the time of 16, their bytes, and all of it, whatever was measured.
     """
-    reference = latent_speed(gpu, engine, 16, 1).slope_s
-    half = latent_speed(gpu, engine, 16, heads)
+    reference = latent_speed(gpu, calibration, 16, 1).slope_s
+    half = latent_speed(gpu, calibration, 16, heads)
     if bits == 16:
         return KvSpeed(half.slope_s / reference, "exact", "16 bits are the reference")
-    found = latent_speed(gpu, engine, 8, heads)
+    found = latent_speed(gpu, calibration, 8, heads)
     ratio = found.slope_s / half.slope_s
     taken = min(max(ratio, 0.5), 1.0)
     detail = f"{ratio:.2f} of the bf16 slope at 0.50 of its bytes, {heads} heads a rank"

@@ -7,13 +7,16 @@ saves a quarter of the time, not half.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import lru_cache
 from math import hypot
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvplan.gpu import GpuSpec
 from kvplan.model_config.types import LatentCache, ModelConfig
+
+if TYPE_CHECKING:
+    from kvplan.calibration.latent import LatentCalibration
 
 LATENT_ELEMENTS = 512 + 64
 FLOPS_PER_ROW = 2 * (2 * 512 + 64)
@@ -40,28 +43,27 @@ def latent_heads(model: ModelConfig, attention_tp_size: int) -> int | None:
     return max(heads // attention_tp_size, 1) if heads else None
 
 
-def latent_speed(gpu: GpuSpec, engine: str, bits: int, num_heads: int) -> LatentSpeed:
-    """The slope of ``num_heads`` query heads on latents of 16 or 8 bits."""
-    entry, source = _calibrated(gpu.name, engine, ENTRIES[bits])
-    bandwidth, flops = entry.get("bandwidth_fraction", ASSUMED_BANDWIDTH), entry.get("flops_fraction", ASSUMED_FLOPS)
-    half = gpu.dense_flops_per_s.get("bf16") or gpu.dense_flops_per_s.get("fp16") or 0.0
-    is_blackwell = gpu.sm is not None and gpu.sm >= 100
-    if source is None and bits == 8 and is_blackwell:
-        half = gpu.dense_flops_per_s.get("fp8") or half
-    stream = LATENT_ELEMENTS * bits / 8 / ((gpu.memory_bandwidth_bytes_per_s or 0.0) * bandwidth)
-    products = FLOPS_PER_ROW * max(num_heads, TILE_ROWS) / (half * flops)
-    return LatentSpeed(hypot(stream, products), source)
-
-
 @lru_cache(maxsize=64)
-def _calibrated(gpu_name: str, engine: str, label: str) -> tuple[Mapping[str, float], str | None]:
-    from kvplan.calibration.schema import check_other
-    from kvplan.calibration.store import find
+def latent_calibration(gpu_name: str, engine: str, num_heads: int, path: str | None) -> LatentCalibration | None:
+    """The calibration of an engine's latent kernel on a GPU, or the one given, remembered; None when there is none.
 
-    found = find("mla_decode", gpu_name, engine)
-    if found is None or label not in found.data.get("entries", {}):
-        return {}, None
-    check_other(found.data, found.where)
-    entry: Mapping[str, Any] = found.data["entries"][label]
-    values = {name: float(item["value"]) for name, item in entry["parameters"].items()}
-    return values, f"calibration {found.name} ({entry['num_samples']:,} samples, {found.data['date']})"
+    Raises:
+        ProfileError: ``path`` is given and holds none of this GPU and number of query heads.
+
+    """
+    from kvplan.calibration.latent import find_latent, read_latent
+
+    return find_latent(gpu_name, engine, num_heads) if path is None else read_latent(Path(path), gpu_name, num_heads)
+
+
+def latent_speed(gpu: GpuSpec, calibration: LatentCalibration | None, bits: int, num_heads: int) -> LatentSpeed:
+    """The slope of ``num_heads`` query heads on latents of 16 or 8 bits."""
+    token_bytes = LATENT_ELEMENTS * bits / 8
+    measured = None if calibration is None else calibration.slope_s(ENTRIES[bits], num_heads, token_bytes)
+    if calibration is not None and measured is not None:
+        return LatentSpeed(measured, calibration.source)
+    half = gpu.dense_flops_per_s.get("bf16") or gpu.dense_flops_per_s.get("fp16") or 0.0
+    if bits == 8 and gpu.sm is not None and gpu.sm >= 100:
+        half = gpu.dense_flops_per_s.get("fp8") or half
+    stream = token_bytes / ((gpu.memory_bandwidth_bytes_per_s or 0.0) * ASSUMED_BANDWIDTH)
+    return LatentSpeed(hypot(stream, FLOPS_PER_ROW * max(num_heads, TILE_ROWS) / (half * ASSUMED_FLOPS)), None)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kvplan.errors import InputError, KvplanError, shorten
 from kvplan.latency.intervals import Interval, point_intervals
 from kvplan.latency.kv import attention_calibration, is_latent
+from kvplan.latency.latent import LATENT_ELEMENTS, latent_calibration, latent_heads
 from kvplan.latency.load import load_state
 from kvplan.latency.parameters import serving_calibration
 from kvplan.latency.plan import Breakdown, DeploymentFacts, ItlPlan, Load
@@ -20,6 +21,10 @@ from kvplan.memory.request import unknown_field
 from kvplan.model_config.types import AttentionCache
 from kvplan.roofline import step_bound_s
 from kvplan.traffic import Floats
+
+if TYPE_CHECKING:
+    from kvplan.calibration.attention import AttentionCalibration
+    from kvplan.calibration.latent import LatentCalibration
 
 _POINTS = frozenset(POINT_NAMES)
 SLOPE_BATCH = 64.0
@@ -109,9 +114,14 @@ def _kv_is_the_kernels(served: Served) -> bool:
 
 
 def kernel_kv_stream(served: Served) -> float | None:
-    """Share of peak bandwidth the calibrated attention kernel reads this model's 16-bit KV at; None without one."""
+    """Share of peak bandwidth the calibrated attention kernel reads this model's 16-bit KV at; None without one.
+
+    Of latent attention only a calibration that was given says it, of the fewest heads its kernel multiplies with.
+    """
+    if is_latent(served.model):
+        return _latent_kv_stream(served)
     calibration = attention_calibration(served.gpu.name, served.setup.engine.name, served.request.calibration)
-    if calibration is None or is_latent(served.model):
+    if calibration is None:
         return None
     shapes = [c for layer in served.model.layers for c in layer.caches if isinstance(c, AttentionCache)]
     if not shapes:
@@ -126,6 +136,20 @@ def kernel_kv_stream(served: Served) -> float | None:
     return min(moved / slope / served.peaks.bandwidth_bytes_per_s, 1.0) if slope > 0 else None
 
 
+def _latent_kv_stream(served: Served) -> float | None:
+    given, row = _given_latent(served), 2 * LATENT_ELEMENTS
+    slope = None if given is None else given.slope_s("bfloat16", 1, row)
+    return None if slope is None else min(row / slope / served.peaks.bandwidth_bytes_per_s, 1.0)
+
+
+def _given_latent(served: Served) -> LatentCalibration | None:
+    """The calibration of latent attention that was given."""
+    heads, path = latent_heads(served.model, served.deployment.attention_tp_size), served.request.calibration
+    if heads is None or path is None:
+        return None
+    return latent_calibration(served.gpu.name, served.setup.engine.name, heads, path)
+
+
 def collective_latency_s(served: Served) -> float:
     """Seconds of one collective of a step, the data it moves apart."""
     p = parameters_of(served)
@@ -135,9 +159,10 @@ def collective_latency_s(served: Served) -> float:
 def facts_of(served: Served) -> DeploymentFacts:
     """What every point of the deployment shares."""
     source, detail = serving_calibration().status(served.traits)
+    kernel: AttentionCalibration | LatentCalibration | None = _given_latent(served)
     if not is_latent(served.model) and _kv_is_the_kernels(served):
         kernel = attention_calibration(served.gpu.name, served.setup.engine.name, served.request.calibration)
-        detail += "" if kernel is None else f"; KV as {kernel.source}"
+    detail += "" if kernel is None else f"; KV as {kernel.source}"
     return DeploymentFacts(
         request=served.request.as_dict(),
         num_gpus=served.deployment.num_gpus,

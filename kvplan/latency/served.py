@@ -237,10 +237,10 @@ def serve(request: ItlRequest) -> Served:
     traffic = make_traffic(model, plan, deployment, dtype)
     assert setup.gpu is not None
     stored = plan.kv_cache_dtype
-    speed = kv_speed(setup.gpu.name, engine, stored, is_latent(model), request.calibration,
-                     latent_heads(model, deployment.attention_tp_size))  # fmt: skip
+    heads = latent_heads(model, deployment.attention_tp_size)
+    speed = kv_speed(setup.gpu.name, engine, stored, is_latent(model), request.calibration, heads)
     if request.calibration is not None or not is_latent(model):
-        why = calibration_note(setup.gpu.name, engine, request.calibration)
+        why = calibration_note(setup.gpu.name, engine, request.calibration, is_latent(model), heads)
         notes += [why] if why else []
     shown = replace(size, model=model.name, gpu=setup.gpu.name, engine=engine, engine_version=plan.version,
                     weight_dtype=dtype or traffic.weights["expert" if traffic.num_experts else "mlp"].format,

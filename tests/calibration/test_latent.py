@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from support import Ran
 
+import kvplan
 from kvplan import profiles
 from kvplan.calibration import store
 from kvplan.calibration.geometry import hardware_of
@@ -120,10 +121,50 @@ def test_kvplan_calibrate_takes_no_latent_rows_for_plain_ones(kvplan_cli: Cli, t
     assert "latent attention" in ran.err
 
 
-def test_itl_does_not_take_a_latent_calibration_for_a_plain_one(kvplan_cli: Cli, tmp_path: Path) -> None:
+@pytest.fixture
+def given(tmp_path: Path) -> str:
+    """A file of the calibration of 16 heads in bf16 and fp8."""
     path = tmp_path / "latent.json"
-    path.write_text(json.dumps(document("fp8")))
-    ran = kvplan_cli("itl", "--model", "deepseek-v3", "--gpu", "h200", "--tp", "8", "--ctx", "8k", "--calibration",
-                     str(path))  # fmt: skip
+    path.write_text(json.dumps(document("bfloat16", "fp8")))
+    return str(path)
+
+
+ITL = ("itl", "--gpu", "h200", "--ctx", "8k", "--batch", "32", "--kv-cache-dtype", "fp8")
+
+
+def test_itl_streams_latents_at_what_a_given_calibration_says(given: str) -> None:
+    """32 sequences, 61 layers: bytes at 0.95 of 4.8 TB/s beside products of 16 heads at 0.2 of 989.4 TFLOP/s."""
+    products = 16 * 2176 / (0.2 * 989.4e12)
+    for kv_dtype, row_bytes in (("bf16", 1152), ("fp8", 576)):
+        plan = kvplan.itl(model="deepseek-v3", gpu="h200", tp_size=8, context_tokens="8k", batch_size=32,
+                          kv_cache_dtype=kv_dtype, calibration=given)  # fmt: skip
+        slope = 32 * 61 * np.hypot(row_bytes / (0.95 * 4.8e12), products)
+        assert plan.slope_s_per_token == pytest.approx(slope, rel=0.03)
+        assert "KV as calibration test (kvplan 1, 18 samples, 2026-11-24, given)" in plan.facts.source_detail
+        assert any("of kvplan kernels: vllm reaches it with kernels as good" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize(
+    ("model", "tp", "words"),
+    [
+        ("8b", "1", "kind must be 'attention', not mla_decode"),
+        ("deepseek-v3", "4", "of 16 query heads a rank, here are 32"),
+        ("deepseek-v3.2", "8", "no calibration is of sparse or compressed latent attention"),
+    ],
+)
+def test_a_calibration_of_other_attention_is_refused(
+    kvplan_cli: Cli, given: str, model: str, tp: str, words: str
+) -> None:
+    ran = kvplan_cli(*ITL, "--model", model, "--tp", tp, "--calibration", given)
+    assert (ran.code, ran.out) == (2, "")
+    assert words in ran.err
+    report = kvplan_cli("report", *ITL[1:5], "--model", model, "--tp", tp, "--calibration", given)
+    assert report.code == 2
+    assert words in report.err
+
+
+def test_a_calibration_of_plain_attention_is_not_taken_for_latent(kvplan_cli: Cli) -> None:
+    path = profiles.ROOT / "calibrations" / "attention-h200-vllm.json"
+    ran = kvplan_cli(*ITL, "--model", "deepseek-v3", "--tp", "8", "--calibration", str(path))
     assert ran.code == 2
-    assert "kind must be 'attention', not mla_decode" in ran.err
+    assert "kind must be 'mla_decode', not attention" in ran.err
