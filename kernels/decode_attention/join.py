@@ -74,9 +74,13 @@ def join_pieces(
         count = tl.minimum(tl.cdiv(pieces - first, width), radix)
         counter = counters + piece_slot(first_chunk, first) * KV_HEADS
         tl.debug_barrier()
-        active = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == count - 1
+        # a whole sequence counts nothing: its place is that of the sequence which starts in the same chunk after it,
+        # and whoever holds the rest of that one may have counted there already
+        if pieces > 1:
+            active = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == count - 1
         if active:
-            tl.store(counter, 0)
+            if pieces > 1:
+                tl.store(counter, 0)
             top = pieces <= width * radix
             peak = tl.full([GP], float("-inf"), tl.float32)
             weight = tl.zeros([GP], tl.float32)

@@ -262,5 +262,6 @@ def attend_pairs(
             JOIN_STAGES,
             2,
         )
+        tl.debug_barrier()  # the next sequence of this chunk may use the same place
         tile = seq_start + seq_tiles
         seq_start = tile

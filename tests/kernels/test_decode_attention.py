@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from triton.runtime import interpreter
 
 from kvplan.kernels.configs import Config
 from kvplan.kernels.decode_attention import DecodePlan
@@ -304,6 +305,18 @@ def test_queries_of_any_stride_meet_pairs():
     plan = DecodePlan(cache, num_q_heads=4, num_chunks=3)
     assert torch.equal(plan.run(q, cache), plan.run(q.contiguous(), cache))
     assert relative_error(plan.run(q, cache), reference(q, cache)) <= 5e-3  # the output is bfloat16
+
+
+@pytest.mark.parametrize(
+    ("kv_dtype", "scales", "dim"),
+    [("int8", "token_head", 80), ("fp8_e4m3", "tensor", 80), ("bf16", "none", 64), ("int4", "block", 64)],
+)
+def test_programs_may_arrive_in_any_order(kv_dtype, scales, dim, monkeypatch):
+    """Backwards here: the rest of a sequence arrives before the chunk that it starts in, after other sequences."""
+    builder = interpreter.interpreter_builder
+    forwards = builder.set_grid_idx
+    monkeypatch.setattr(builder, "set_grid_idx", lambda x, y, z: forwards(builder.grid_dim[0] - 1 - x, y, z))
+    check([300, 20, 5, 700, 64, 1], kv_dtype=kv_dtype, scales=scales, dim=dim, kv_heads=1, num_chunks=6, block_n=16)
 
 
 def test_a_batch_of_more_than_sixty_four():
