@@ -165,7 +165,7 @@ class LatentCalibration:
         return self.num_heads[0] <= num_heads <= self.num_heads[1]
 
     def slope_s(self, kv_dtype: str, num_heads: int, token_bytes: float) -> float | None:
-        """Seconds a sequence's token of context takes in one layer, where nothing else counts; None as below."""
+        """Seconds that a token of context of one sequence adds to a layer; None for a KV dtype that was not measured."""
         if kv_dtype not in self.entries:
             return None
         values = dict(zip((p.name for p in MLA), np.exp(self.entries[kv_dtype]), strict=True))
@@ -227,10 +227,11 @@ def find_latent(gpu_name: str, engine: str, num_heads: int) -> LatentCalibration
 
 
 def read_latent(path: Path, gpu_name: str, num_heads: int) -> LatentCalibration:
-    """The latent-attention calibration in ``path``, which must be of ``gpu_name`` and cover ``num_heads``.
+    """The latent-attention calibration in ``path``, which must be of ``gpu_name``, cover ``num_heads`` and have bf16.
 
     Raises:
-        ProfileError: it cannot be read, breaks its schema, or is of another GPU or number of query heads.
+        ProfileError: it cannot be read, breaks its schema, is of another GPU or number of query heads, or lacks the 16
+            bits that others are held against.
 
     """
     found = latent_from_json(store.read(path), str(path), store.GIVEN)
@@ -242,4 +243,7 @@ def read_latent(path: Path, gpu_name: str, num_heads: int) -> LatentCalibration:
         of = f"{low:.0f}" if low == high else f"{low:.0f} to {high:.0f}"
         raise ProfileError(f"{path}: of {of} query heads a rank, here are {num_heads}",
                            hint="measure with the same --tp, or leave --calibration out")  # fmt: skip
+    if "bfloat16" not in found.entries:
+        raise ProfileError(f"{path}: no samples in bf16, which other formats are held against",
+                           hint="measure with --kv-cache-dtype bf16,fp8, or leave --calibration out")  # fmt: skip
     return found

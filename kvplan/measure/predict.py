@@ -13,7 +13,7 @@ from typing import Literal
 
 from kvplan import profiles
 from kvplan.calibration.attention import AttentionCalibration, find_attention
-from kvplan.calibration.latent import LATENT, ROPE, LatentCalibration, find_latent
+from kvplan.calibration.latent import FLOPS_PER_ROW, LatentCalibration, find_latent
 from kvplan.gpu import GpuSpec, load_gpu
 from kvplan.measure.backend import Environment
 from kvplan.measure.family import element_bits
@@ -51,9 +51,8 @@ class Predictor:
 def find_predictor(environment: Environment, latent_heads: int | None = None) -> Predictor | None:
     """The calibration of this GPU and these kernels (the user's, else a shipped one), else its datasheet.
 
-    ``latent_heads`` is the number of query heads on a latent, None for plain attention.
-
-    None for a device of which kvplan knows nothing yet.
+    ``latent_heads`` is the number of query heads on a latent, None for plain attention. The result is None for a
+    device of which kvplan knows nothing yet.
 
     Raises:
         ProfileError: a calibration file breaks its schema.
@@ -123,7 +122,7 @@ def latent_datasheet_predictor(gpu: GpuSpec) -> Predictor | None:
     def latency_s(cell: Cell) -> float:
         family, tokens = cell.family, cell.batch_size * cell.context_tokens
         rows = max(family.shape.num_q_heads, LATENT_TILE_ROWS)
-        products = 2 * tokens * rows * (2 * LATENT + ROPE) / (LATENT_FLOPS[family.element] * flops)
+        products = tokens * rows * FLOPS_PER_ROW / (LATENT_FLOPS[family.element] * flops)
         call = LATENT_INTERCEPT_S + rows * LATENT_HEAD_S[family.element]
         return call + hypot(cell.read_bytes / (LATENT_EFFICIENCY * peak), products)
 

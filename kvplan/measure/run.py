@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from kvplan.calibration.latent import FLOPS_PER_ROW
 from kvplan.errors import InputError
-from kvplan.kernels.formats import LATENT_DIM, LATENT_ROW_BYTES, ROPE_DIM
+from kvplan.kernels.formats import LATENT_ROW_BYTES
 from kvplan.measure import run_folder
 from kvplan.measure.analysis import (
     CalibrationResult,
@@ -136,7 +137,6 @@ def _notes(run: Run, samples: Sequence[Sample]) -> list[str]:
 
 def _latent_note(num_heads: int) -> str:
     """Why many heads do not reach the read roofline: FLOPs of the two products over bytes of a row."""
-    flops = 2 * num_heads * (2 * LATENT_DIM + ROPE_DIM)
-    wide, narrow = (flops / LATENT_ROW_BYTES[name] for name in ("bf16", "fp8_e4m3"))
+    wide, narrow = (num_heads * FLOPS_PER_ROW / LATENT_ROW_BYTES[name] for name in ("bf16", "fp8_e4m3"))
     return (f"latent attention multiplies each row with all {num_heads} query heads, {wide:.0f} FLOPs a byte in bf16 "
             f"and {narrow:.0f} in fp8: with many heads that takes longer than reading it")  # fmt: skip

@@ -163,6 +163,13 @@ def test_a_calibration_of_other_attention_is_refused(
     assert words in report.err
 
 
+def test_a_calibration_without_16_bits_is_refused(kvplan_cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(json.dumps(document("fp8")))
+    ran = kvplan_cli(*ITL, "--model", "deepseek-v3", "--tp", "8", "--calibration", str(tmp_path / "x.json"))
+    assert ran.code == 2
+    assert "no samples in bf16" in ran.err
+
+
 def test_a_calibration_of_plain_attention_is_not_taken_for_latent(kvplan_cli: Cli) -> None:
     path = profiles.ROOT / "calibrations" / "attention-h200-vllm.json"
     ran = kvplan_cli(*ITL, "--model", "deepseek-v3", "--tp", "8", "--calibration", str(path))
