@@ -165,7 +165,7 @@ class LatentCalibration:
         return self.num_heads[0] <= num_heads <= self.num_heads[1]
 
     def slope_s(self, kv_dtype: str, num_heads: int, token_bytes: float) -> float | None:
-        """Seconds that a token of context of one sequence adds to a layer; None for a KV dtype that was not measured."""
+        """Seconds that one sequence's token of context adds to a layer; None for a KV dtype that was not measured."""
         if kv_dtype not in self.entries:
             return None
         values = dict(zip((p.name for p in MLA), np.exp(self.entries[kv_dtype]), strict=True))

@@ -29,7 +29,7 @@ Formats = Annotated[
     typer.Option(
         "--kv-cache-dtype",
         help="bf16, fp16, fp8, fp8_e5m2, fp8_per_token_head, int8_per_token_head, fp8:head … "
-        "[default: bf16,fp8,fp8_per_token_head; of latent attention bf16,fp8,fp8_ds_mla]",
+        "Default: bf16,fp8,fp8_per_token_head; of latent attention all there are: bf16,fp8,fp8_ds_mla.",
         autocompletion=complete.kv_dtypes,
         rich_help_panel=options.MODEL,
     ),
@@ -54,13 +54,13 @@ Budget = Annotated[
     typer.Option(
         "--budget",
         help="Time for the whole run, e.g. 60s or 10m; cells beyond it are skipped and listed. "
-        "[default: 60s, thorough 600s]",
+        "Default: 60s, thorough 600s.",
         rich_help_panel=MEASURING,
     ),
 ]
 RunDir = Annotated[
     Path | None,
-    typer.Option("--output", "-o", help="Folder for the records [default: kvplan-runs/…].", rich_help_panel=MEASURING),
+    typer.Option("--output", "-o", help="Folder for the records. Default: kvplan-runs/…", rich_help_panel=MEASURING),
 ]
 Resume = Annotated[
     Path | None, typer.Option("--resume", help="Go on with the run in this folder.", rich_help_panel=MEASURING)
@@ -101,7 +101,7 @@ WholeStep = Annotated[
 ]
 WeightDtype = Annotated[
     str | None,
-    typer.Option("--weight-dtype", help="Of whole steps: bf16, or fp8 (sm89 and later). [default: bf16]",
+    typer.Option("--weight-dtype", help="Of whole steps: bf16, or fp8 (sm89 and later). Default: bf16.",
                  rich_help_panel=MEASURING),
 ]  # fmt: skip
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Of the random data.", rich_help_panel=MEASURING)]

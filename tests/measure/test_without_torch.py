@@ -25,3 +25,4 @@ def test_help_needs_no_torch(kvplan_cli: Callable[..., Ran], monkeypatch: pytest
     ran = kvplan_cli("measure", "--help")
     assert ran.code == 0
     assert "--resume" in ran.out
+    assert "Default: 60s, thorough 600s." in " ".join(ran.out.replace("│", "").split())
