@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
+from math import ceil
 from typing import Any
 
 from kvplan.dtypes import kv_format
@@ -35,6 +36,7 @@ def advise(setup: Setup, plan: CachePlan, answer: SizePlan) -> tuple[Advice, ...
         _formats,
         _hybrid_block,
         _in_flight,
+        _pool_split,
         _declared,
     ):
         found += source(setup, plan, answer)
@@ -261,6 +263,31 @@ def _in_flight(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[Advi
             code="in_flight_reserve", gain=gain,
             message=f"each window reserves {format_tokens(plan.tokens_in_flight)} tokens in flight: "
             f"--max-num-batched-tokens 2048 wins {format_ratio(gain)} capacity, for slower prefill",
+        )  # fmt: skip
+
+
+def _pool_split(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[Advice]:
+    """SGLang's shares of windows or states as requests of this length would have them."""
+    context, kv = setup.context_tokens, answer.memory.kv_cache_bytes or 0
+    needs = plan.pool_needs(context)
+    if kv <= 0 or len(needs) != 2 or not needs.get("tokens"):
+        return
+    if "windows" in needs:  # beside the windows, that pool holds the chunks of two prefills in flight
+        blocks = {pool.name: max(plan.groups[i].blocks(context, 0) for i in pool.groups) for pool in plan.pools}
+        chunks = 2 * setup.batched_tokens / plan.block_size_tokens
+        then = (kv - chunks * needs["windows"] / blocks["windows"]) / sum(needs.values())
+        ratio = (blocks["windows"] + chunks / then) / blocks["tokens"] if then >= 1 else 1.0
+        flag = f"--swa-full-tokens-ratio {ceil(ratio * 100) / 100:g}"
+    else:
+        ratio = ceil(needs["states"] / needs["tokens"] * 100) / 100
+        then = kv / needs["tokens"] / (1 + ratio)
+        flag = f"--mamba-full-memory-ratio {ratio:g}"
+    gain = then * plan.bytes_per_request(context) / kv
+    if gain >= WORTH_SAYING:
+        yield Advice(
+            code="pool_split", gain=gain,
+            message=f"requests of {format_tokens(context)} tokens fill one pool and leave room in another: {flag} wins "
+            f"{format_ratio(gain)} capacity, with less kept of other prefixes",
         )  # fmt: skip
 
 

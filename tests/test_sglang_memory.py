@@ -132,3 +132,9 @@ def test_a_start_on_an_h100_is_planned_within_a_percent() -> None:
     reported = kvplan.size(model="qwen3-30b-a3b", gpu="h100", engine="sglang", context_tokens=8192,
                            weights_bytes=int(29.15 * GIB), overhead_bytes=taken)  # fmt: skip
     assert reported.kv_cache.capacity_tokens == pytest.approx(392_920, rel=0.002)
+
+
+def test_a_start_with_a_given_fraction_is_planned_within_half_a_percent() -> None:
+    """Llama 3.1 8B on one H100, January 2025: 0.88 of 78.81 GiB, less 15.09 GiB of weights, gave 54.26 of K and V."""
+    plan = kvplan.size(model="8b", gpu="h100", engine="sglang", gpu_memory_utilization=0.88, context_tokens=8192)
+    assert plan.memory.kv_cache_bytes == pytest.approx(54.26 * GIB, rel=0.005)

@@ -38,7 +38,8 @@ MAX_EVENTS = 100
 
 _PREFIX = re.compile(r"^(?:.*?\.(?:py|cpp):\d+\] |(?:\[[^\]]*\] ?)+)")
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-_SMALLEST = ("kv_cache_bytes", "kv_cache_in_use_bytes", "key_bytes", "value_bytes", "num_blocks", "capacity_tokens",
+_SMALLEST = ("kv_cache_bytes", "kv_cache_in_use_bytes", "conv_state_bytes", "ssm_state_bytes", "full_pool_tokens",
+             "key_bytes", "value_bytes", "num_blocks", "capacity_tokens",
              "max_concurrency", "free_bytes", "free_for_kv_bytes", "max_context_tokens")  # fmt: skip
 _LARGEST = ("weights_bytes", "weights_and_overhead_bytes", "activation_bytes", "overhead_bytes", "graph_bytes",
             "graph_estimate_bytes", "needed_kv_bytes")  # fmt: skip
@@ -253,10 +254,17 @@ def _fact(name: str, printed: str, where: str) -> Fact | None:
 
 
 def _combine(facts: dict[str, Fact]) -> None:
-    """Facts that follow from others: K and V together, exact bytes where a later line has them, total less rest."""
+    """Facts that follow from others: K, V and states, exact bytes where a later line has them, total less rest."""
     keys, values = facts.pop("key_bytes", None), facts.pop("value_bytes", None)
     if keys is not None and values is not None and "kv_cache_bytes" not in facts:
         facts["kv_cache_bytes"] = Fact(int(keys.number + values.number), keys.where, keys.error + values.error)
+    tokens = facts.pop("full_pool_tokens", None)
+    if tokens is not None:  # the pool of windows is printed before, and has fewer
+        facts["capacity_tokens"] = tokens
+    states = [fact for name in ("conv_state_bytes", "ssm_state_bytes") if (fact := facts.pop(name, None)) is not None]
+    if states and (kv := facts.get("kv_cache_bytes")) is not None:
+        whole = int(kv.number + sum(fact.number for fact in states))
+        facts["kv_cache_bytes"] = Fact(whole, f"{kv.where}, and states", kv.error + sum(fact.error for fact in states))
     exact, rounded = facts.pop("kv_cache_in_use_bytes", None), facts.get("kv_cache_bytes")
     if exact is not None and (
         rounded is None or (exact.error < rounded.error and abs(exact.number - rounded.number) <= rounded.error + 1)

@@ -23,6 +23,7 @@ NEEDLES = (
     b"okens per block", b" block size to ", b"arallelism is enabled", b"padding layers", b"out of memory",
     b"for the cache blocks", b"device_name=", b"prefill is enabled with", b"to store kv cache", b"max seq len",
     b"KvCacheConfig(", b"LLM version: ", b"#tokens: ", b"startup complete", b"is fired up",
+    b"ssm_state size",
 )  # fmt: skip
 
 
@@ -109,7 +110,10 @@ LINES = (
                   r"V size: (?P<value_bytes><N>)<GiB>"),
     _line(SGLANG, r"KV Cache is allocated\..*?#tokens: (?P<capacity_tokens><C>), "
                   r"KV size: (?P<kv_cache_bytes><N>)<GiB>"),
-    _line(SGLANG, r"SWAKVPool mem usage: (?P<kv_cache_bytes><N>)<GiB>"),
+    _line(SGLANG, r"SWAKVPool mem usage: (?P<kv_cache_bytes><N>)<GiB>(?:, swa size: <C>, full size: "
+                  r"(?P<full_pool_tokens><C>))?"),
+    _line(SGLANG, r"Mamba Cache is allocated\..*?conv_state size: (?P<conv_state_bytes><N>)<GiB>, "
+                  r"ssm_state size: (?P<ssm_state_bytes><N>)<GiB>"),
     _line(SGLANG, r"KV Cache is allocated\. dtype: torch\.(?P<kv_cache_dtype>\w+)"),
     _line(SGLANG, r"Capture (?:\w+ ){0,2}(?:cuda|CUDA) graph end.*?mem usage=(?P<graph_bytes><N>)<GiB>"),
     _line(SGLANG, r"max_total_num_tokens=(?P<capacity_tokens><C>)\b.*?context_len=(?P<max_model_len_tokens><C>)"),

@@ -27,6 +27,7 @@ REASONS = {
     "group_padding": "layers of unequal size share one pool of blocks",
     "state_copies": "states are copied at block boundaries so that prefixes can be reused",
     "replicated": "more ranks than KV heads",
+    "pool_split": "memory is dealt to pools at start-up, and requests fill one of them first",
     "unused": "no whole further user fits",
     "reserve": "left to what the engine does not count: other processes, fragmentation",
 }

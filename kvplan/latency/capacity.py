@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvplan.memory.cache_plan import CachePlan
+from kvplan.memory.cache_plan import CachePlan, Pool
 from kvplan.memory.pages import Group, Page
 
 Ints = npt.NDArray[np.int64]
@@ -22,17 +22,19 @@ def max_batches(plan: CachePlan, available_bytes: int, context_tokens: Any) -> I
         blocks = sum((_group_blocks(g, plan, contexts) for g in plan.groups), np.zeros_like(contexts))
         usable = max(plan.num_blocks(available_bytes) - plan.reserved_blocks, 0)
         return np.asarray(usable // np.maximum(blocks, 1), dtype=np.int64)
+    pools = plan.pools or (Pool("all", 1.0, tuple(range(len(plan.groups)))),)
     needed = np.zeros_like(contexts)
     for groups in plan.rank_groups:
-        rank = sum(
-            (
-                _group_blocks(g, plan, contexts) * mine.bytes_per_block
-                for g, mine in zip(plan.groups, groups, strict=True)
-                if mine.num_layers
-            ),
-            np.zeros_like(contexts),
-        )
-        needed = np.maximum(needed, rank)
+        for pool in pools:
+            held = sum(
+                (
+                    _group_blocks(plan.groups[index], plan, contexts) * groups[index].bytes_per_block
+                    for index in pool.groups
+                    if groups[index].num_layers
+                ),
+                np.zeros_like(contexts),
+            )
+            needed = np.maximum(needed, np.ceil(held / pool.share).astype(np.int64))
     return np.asarray(available_bytes // np.maximum(needed, 1), dtype=np.int64)
 
 

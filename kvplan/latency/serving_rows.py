@@ -48,6 +48,8 @@ def case_of(row: dict[str, str]) -> dict[str, Any]:
         "output_tokens": _whole(row["osl"]),
         "concurrency": (_whole(row["batch_size"]) or 1) * max(attention_dp or 1, 1),
     }
+    if row["backend"] == "sglang":  # the benchmark's recipes start it with --disable-radix-cache
+        case["enable_prefix_caching"] = False
     return {key: value for key, value in case.items() if value is not None}
 
 

@@ -153,7 +153,7 @@ def _usable(inputs: BudgetInputs, total: Term, overhead: Term, others: int) -> T
     if engine.fraction_of == "static":
         free = max(total.value_bytes - (overhead.value_bytes or 0), 0)
         kept = f" × {inputs.kept_share:g} on aiter" if inputs.kept_share != 1 else ""
-        detail = f"{fraction:g}{kept} of the {format_gib(free)} free before weights, for weights and KV ({why})"
+        detail = f"{fraction:.4g}{kept} of the {format_gib(free)} free before weights, for weights and KV ({why})"
         return Term(int(free * fraction * inputs.kept_share), source, detail, flag)
     usable = ceil(total.value_bytes * fraction)
     return Term(usable, source, f"⌈{total.value_bytes:,} × {fraction:g}⌉ of total ({why})", flag)

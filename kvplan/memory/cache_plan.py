@@ -4,8 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import ceil
 
 from kvplan.memory.pages import Group
+
+NOISE = 1e-6
+"""Of a byte: what shares that are no binary fractions may add to one."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """A part of the KV memory, set aside at start-up, that only some groups use.
+
+    Attributes:
+        name: what it holds.
+        share: of the KV bytes.
+        groups: indices of the groups in it.
+
+    """
+
+    name: str
+    share: float
+    groups: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -20,6 +40,7 @@ class CachePlan:
         groups: of the whole model, in the engine's order.
         rank_groups: the same groups with each pipeline rank's layers only; one entry without PP.
         unified_pool: groups claim blocks from one pool of ``pool_bytes_per_block``; else each group has its own bytes.
+        pools: fixed parts of the memory, the one whose tokens the engine logs first; empty where groups share it all.
         reserved_blocks: blocks no request can use (vLLM's null block).
         tokens_in_flight: F, tokens scheduled and not settled.
         rules: (what, formula with numbers, engine file) for ``--explain``.
@@ -35,6 +56,7 @@ class CachePlan:
     groups: tuple[Group, ...]
     rank_groups: tuple[tuple[Group, ...], ...]
     unified_pool: bool = True
+    pools: tuple[Pool, ...] = ()
     reserved_blocks: int = 0
     tokens_in_flight: int = 0
     dcp_size: int = 1
@@ -51,6 +73,9 @@ class CachePlan:
 
     def _rank_pool(self, groups: tuple[Group, ...]) -> int:
         sizes = [group.bytes_per_block for group in groups]
+        if self.pools:
+            logged = self.pools[0]
+            return ceil(sum(sizes[index] for index in logged.groups) / logged.share - NOISE)
         return max(sizes, default=0) if self.unified_pool else sum(sizes)
 
     def num_blocks(self, available_bytes: int) -> int:
@@ -63,17 +88,34 @@ class CachePlan:
         return sum(group.blocks(context_tokens, self.tokens_in_flight, self.dcp_size) for group in self.groups)
 
     def bytes_per_request(self, context_tokens: int) -> int:
-        """Bytes one request may hold on the fullest rank."""
+        """Bytes one request may hold on the fullest rank; with fixed pools, those it keeps by its tightest one."""
+        return max(self.rank_bytes_per_request(rank, context_tokens) for rank in range(len(self.rank_groups)))
+
+    def rank_bytes_per_request(self, rank: int, context_tokens: int) -> int:
+        """The same on one pipeline rank."""
+        groups = self.rank_groups[rank]
         if self.unified_pool:
-            return self.blocks_per_request(context_tokens) * self.pool_bytes_per_block
-        return max(
-            sum(
-                group.blocks(context_tokens, self.tokens_in_flight, self.dcp_size) * group.bytes_per_block
-                for group in groups
-                if group.num_layers
-            )
-            for groups in self.rank_groups
-        )
+            return self.blocks_per_request(context_tokens) * self._rank_pool(groups)
+        sizes = self._group_bytes(groups, context_tokens)
+        return max((ceil(sum(sizes[i] for i in pool.groups) / pool.share) for pool in self.pools), default=sum(sizes))
+
+    def held_bytes(self, context_tokens: int) -> int:
+        """Bytes of the blocks one request holds on the fullest rank, whatever else its pools set aside."""
+        if self.unified_pool:
+            return self.bytes_per_request(context_tokens)
+        return max(sum(self._group_bytes(groups, context_tokens)) for groups in self.rank_groups)
+
+    def pool_needs(self, context_tokens: int) -> dict[str, int]:
+        """Bytes one request needs of each pool, by name, on the rank where it holds most."""
+        fullest = max((self._group_bytes(groups, context_tokens) for groups in self.rank_groups), key=sum)
+        return {pool.name: sum(fullest[index] for index in pool.groups) for pool in self.pools}
+
+    def _group_bytes(self, groups: tuple[Group, ...], context_tokens: int) -> list[int]:
+        return [
+            group.blocks(context_tokens, self.tokens_in_flight, self.dcp_size) * group.bytes_per_block
+            if group.num_layers else 0
+            for group in groups
+        ]  # fmt: skip
 
     def fits_one(self, available_bytes: int, context_tokens: int) -> bool:
         """The engine's start-up check: one request of the longest length in what is left without the null block."""
@@ -96,6 +138,8 @@ class CachePlan:
 
     def capacity_tokens(self, available_bytes: int, max_model_len_tokens: int) -> int:
         """What the engine logs as its KV cache size in tokens."""
+        if self.pools:
+            return self.num_blocks(available_bytes) * self.block_size_tokens * self.dcp_size
         if self.legacy_tokens:
             return self.num_blocks(available_bytes) // max(len(self.groups), 1) * self.block_size_tokens
         return int(self.max_concurrency(available_bytes, max_model_len_tokens) * max_model_len_tokens)

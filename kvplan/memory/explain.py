@@ -31,18 +31,20 @@ def _cache_rules(plan: SizePlan) -> list[Rule]:
         rules.append(Rule(name=f"page of {group.num_layers} {group.kind} layers (group {group.group})", formula=formula,
                           source="v1/kv_cache_interface.py" if cache.rules == "exact" else cache.engine))  # fmt: skip
     source = "v1/core/kv_cache_planning.py" if cache.rules == "exact" else cache.engine
-    rules.append(
-        Rule(name="bytes per block", formula=f"pages of the widest group = {cache.bytes_per_block:,} B", source=source)
-    )
+    of = "num_blocks / blocks" if cache.rules == "exact" else "KV memory / bytes of a request"
+    widest = "pages of the widest group" if cache.rules == "exact" else "pages of the layers that count"
+    rules.append(Rule(name="bytes per block", formula=f"{widest} = {cache.bytes_per_block:,} B", source=source))
     rules.append(Rule(name="blocks per request", source=source,
                       formula=f"{cache.blocks_per_request:,} at {plan.answers.context_tokens:,} tokens"))  # fmt: skip
     if cache.num_blocks is not None:
         kv, length = plan.memory.kv_cache_bytes, request.max_model_len_tokens
         concurrency = f"{cache.max_concurrency:.4f}"
+        by_blocks = cache.capacity_tokens == cache.num_blocks * cache.block_size_tokens
+        tokens = f"{cache.num_blocks:,} × {cache.block_size_tokens:,}" if by_blocks else f"⌊{concurrency} × {length:,}⌋"
         for name, formula in (
             ("num_blocks", f"⌊{kv:,} / {cache.bytes_per_block:,}⌋ = {cache.num_blocks:,}"),
-            ("max concurrency", f"num_blocks / blocks of {length:,} tokens = {concurrency}"),
-            ("capacity", f"⌊{concurrency} × {length:,}⌋ = {cache.capacity_tokens:,} tokens"),
+            ("max concurrency", f"{of} of {length:,} tokens = {concurrency}"),
+            ("capacity", f"{tokens} = {cache.capacity_tokens:,} tokens"),
         ):
             rules.append(Rule(name=name, formula=formula, source=source))
     return rules

@@ -16,6 +16,7 @@ LABELS = {
     "rounding": "block rounding and in-flight reserve",
     "state_copies": "state copies for prefix caching",
     "null_block": "null block",
+    "pool_split": "room in other pools when the tightest is full",
     "unused": "blocks no further request fits in",
     "remainder": "bytes that make no whole block",
 }
@@ -50,6 +51,7 @@ def waste_ledger(plan: CachePlan, available_bytes: int, context_tokens: int, num
         lines["unused"] = (num_blocks - reserved) * pool - claimed
         lines["remainder"] = available_bytes - num_blocks * pool
     else:
+        lines["pool_split"] = claimed - num_requests * plan.held_bytes(context_tokens)
         lines["unused"] = available_bytes - claimed
     return Ledger(num_requests, context_tokens, available_bytes, lines)
 

@@ -111,7 +111,7 @@ class Answers:
         kv_short_bytes_per_gpu: bytes missing on each GPU; 0 when it fits, None if unknown.
         max_batch_at_context: requests held, and, where ``max_num_seqs`` was stated, let run at once.
         max_running: requests that ``max_num_seqs``, or else the engine's default, lets run at once; None if unknown.
-        max_running_source: ``given`` or, of the default, ``exact``.
+        max_running_source: ``given``, ``exact`` of a default, ``assumed`` of one worked out from the planned cache.
 
     """
 

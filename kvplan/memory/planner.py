@@ -10,7 +10,7 @@ from kvplan.memory.budget import Budget
 from kvplan.memory.cache_plan import CachePlan
 from kvplan.memory.pages import Group
 from kvplan.memory.plan import Answers, CacheGroup, KvCache, Memory, ModelFacts, Rule, SizePlan, TermSource
-from kvplan.memory.request import SizeRequest
+from kvplan.memory.request import SizeRequest, Source
 from kvplan.memory.setup import Setup, budget_of, weights_of
 
 GROWING = ("full", "mla", "indexer")
@@ -30,15 +30,18 @@ def make_plan(setup: Setup, plan: CachePlan) -> SizePlan:
         fits=fits(setup, plan, budget),
         answers=answers_of(setup, plan, budget.kv_bytes),
         rules=(
-            *(Rule(name=n, formula=f, source=s) for n, f, s in (*plan.rules, *_fraction_rules(setup))),
+            *(Rule(name=n, formula=f, source=s) for n, f, s in (*plan.rules, *_engine_rules(setup, plan, budget))),
             *_block_rules(setup, plan),
         ),
     )
 
 
-def _fraction_rules(setup: Setup) -> tuple[tuple[str, str, str], ...]:
-    """How the memory fraction comes about, where it counts."""
-    return () if setup.request.kv_cache_memory_bytes is not None else setup.memory_fraction.rules
+def _engine_rules(setup: Setup, plan: CachePlan, budget: Budget) -> Iterator[tuple[str, str, str]]:
+    """How the memory fraction comes about, where it counts, and the requests at once, where they are derived."""
+    if setup.request.kv_cache_memory_bytes is None:
+        yield from setup.memory_fraction.rules
+    if (derived := _derived_limit(setup, plan, budget.kv_bytes)) is not None:
+        yield "requests at once", *derived[1:]
 
 
 def _block_rules(setup: Setup, plan: CachePlan) -> Iterator[Rule]:
@@ -172,7 +175,8 @@ def answers_of(setup: Setup, plan: CachePlan, available: int | None) -> Answers:
     num_gpus = request.tp_size * request.pp_size * request.dp_size
     per_request = plan.bytes_per_request(setup.context_tokens)
     needed = per_request * setup.batch_per_replica
-    everywhere = sum(_rank_bytes(plan, rank, setup.context_tokens) for rank in range(len(plan.rank_groups)))
+    ranks = range(len(plan.rank_groups))
+    everywhere = sum(plan.rank_bytes_per_request(rank, setup.context_tokens) for rank in ranks)
     limit = max(setup.model.max_context_tokens or 0, setup.max_model_len_tokens)
     short = None
     max_batch = max_context = None
@@ -183,6 +187,9 @@ def answers_of(setup: Setup, plan: CachePlan, available: int | None) -> Answers:
         if setup.runs_at_once:
             max_context = plan.max_context(available, setup.batch_per_replica, limit)
     running = request.max_num_seqs or setup.default_num_seqs
+    source: Source = "given" if request.max_num_seqs is not None else "exact"
+    if (derived := _derived_limit(setup, plan, available)) is not None:
+        running, source = derived[0], "assumed"
     return Answers(
         context_tokens=setup.context_tokens,
         batch_size=request.batch_size,
@@ -193,21 +200,16 @@ def answers_of(setup: Setup, plan: CachePlan, available: int | None) -> Answers:
         max_context_at_batch_tokens=max_context,
         num_gpus=num_gpus,
         max_running=None if running is None else running * request.dp_size,
-        max_running_source=None if running is None else "given" if request.max_num_seqs is not None else "exact",
+        max_running_source=None if running is None else source,
     )
 
 
-def _rank_bytes(plan: CachePlan, rank: int, context_tokens: int) -> int:
-    """Bytes one request claims on one pipeline rank."""
-    groups = plan.rank_groups[rank]
-    if plan.unified_pool:
-        pool = max((group.bytes_per_block for group in groups), default=0)
-        return plan.blocks_per_request(context_tokens) * pool
-    return sum(
-        group.blocks(context_tokens, plan.tokens_in_flight, plan.dcp_size) * group.bytes_per_block
-        for group in groups
-        if group.num_layers
-    )
+def _derived_limit(setup: Setup, plan: CachePlan, available: int | None) -> tuple[int, str, str] | None:
+    """Requests at once as the engine works them out from its cache, with the formula; None where it does not."""
+    derive = setup.engine.derived_num_seqs
+    if derive is None or setup.request.max_num_seqs is not None or available is None:
+        return None
+    return derive(plan, max(available, 0), setup.max_model_len_tokens)
 
 
 def _memory(budget: Budget) -> Memory:

@@ -34,6 +34,8 @@ class Engine:
         exact: whether the rules reproduce the engine's allocator.
         default_num_seqs: requests a replica runs at once unless told, for a GPU and version; None where the rules do
             not say (SGLang works it out from its pool).
+        derived_num_seqs: the same of an engine that works it out from its cache (plan, KV bytes, longest request), with
+            the formula and its source.
         experts_span_dp: data-parallel ranks share the experts of a model though no expert parallelism is asked for
             (vLLM's ``docs/serving/data_parallel_deployment.md``); else they are replicas.
 
@@ -50,6 +52,7 @@ class Engine:
     default_num_seqs: Callable[[GpuSpec | None, tuple[int, ...]], int | None] = lambda gpu, version: None
     experts_span_dp: bool = False
     default_batched_tokens: Callable[[GpuSpec | None, tuple[int, ...]], int] | None = None
+    derived_num_seqs: Callable[[CachePlan, int, int], tuple[int, str, str]] | None = None
     kept_share: Callable[[ModelConfig, EngineOptions], float] = lambda model, options: 1.0
 
 
@@ -101,6 +104,12 @@ def _sglang_batched(gpu: GpuSpec | None, version: tuple[int, ...]) -> int:
     return sglang_memory.default_batched_tokens(gpu, version)
 
 
+def _sglang_num_seqs(plan: CachePlan, available_bytes: int, longest_tokens: int) -> tuple[int, str, str]:
+    from kvplan.memory.engines import sglang
+
+    return sglang.running_limit(plan, available_bytes, longest_tokens)
+
+
 def _sglang_share(model: ModelConfig, options: EngineOptions) -> float:
     from kvplan.memory.engines import sglang_memory
 
@@ -117,7 +126,8 @@ ENGINES: dict[str, Engine] = {
         Engine("vllm", "0.33", _vllm_plan, "total", _vllm_fraction, "--gpu-memory-utilization",
                "vllm/config/cache.py", True, _vllm_num_seqs, experts_span_dp=True),
         Engine("sglang", "0.5", _sglang_plan, "static", _sglang_fraction, "--mem-fraction-static",
-               "sglang/srt", False, default_batched_tokens=_sglang_batched, kept_share=_sglang_share),
+               "sglang/srt", False, default_batched_tokens=_sglang_batched, derived_num_seqs=_sglang_num_seqs,
+               kept_share=_sglang_share),
         Engine("tensorrt-llm", "1.3", _tensorrt_llm_plan, "free", _constant(0.9), "free_gpu_memory_fraction",
                "tensorrt_llm/llmapi/llm_args.py KvCacheConfig", False),
         Engine("generic", "1", _generic_plan, "total", _constant(0.9), "--gpu-memory-utilization",

@@ -31,7 +31,6 @@ from kvplan.model_config.types import (
     StateCache,
 )
 
-STATES_PER_REQUEST = 1
 V4_ROW_BLOCK = 256
 
 
@@ -43,6 +42,7 @@ class Rules:
         name, version: what the result calls it.
         default_block_tokens: tokens a block covers when the user names none.
         formats: KV formats it takes; None takes all.
+        states_per_request: states one request holds.
         windows: whether sliding-window layers keep the window only (else the whole context).
         auto: what ``auto`` becomes for a model.
         source: where the rules come from.
@@ -55,6 +55,7 @@ class Rules:
     source: str
     formats: frozenset[str] | None = None
     windows: bool = True
+    states_per_request: int = 1
     auto: Callable[[ModelConfig], str] | None = None
 
 
@@ -136,7 +137,7 @@ def _pages(cache: object, rules: Rules, model: ModelConfig, fmt: KvFormat, block
         return (indexer_page(cache, block, options.tp_size),)
     if isinstance(cache, StateCache):
         size = state_bytes(cache, options.tp_size, model.dtype)
-        return (Page("state", block, state_bytes=size, blocks_per_request=STATES_PER_REQUEST, tag=cache.family),)
+        return (Page("state", block, state_bytes=size, blocks_per_request=rules.states_per_request, tag=cache.family),)
     if isinstance(cache, CompressedLatentCache):
         return compressed_pages(cache, V4_ROW_BLOCK, options.tp_size)
     raise TypeError(f"no page rule for {type(cache).__name__}")

@@ -1,22 +1,113 @@
-"""SGLang 0.5, approximated: token-granular pools, one per kind of layer.
+"""SGLang 0.5, approximated: pools of tokens, dealt out at start-up.
 
-Sources, under ``python/sglang/srt/``: ``mem_cache/memory_pool.py`` (MHATokenToKVPool, MLATokenToKVPool, the sparse
-indexer's pool), ``model_executor/model_runner.py`` (profile_max_num_token), ``server_args.py`` (page_size 1).
-What is left out: the ratio that splits memory between full and sliding pools (``swa_full_tokens_ratio``), the separate
-budget of state pools, and radix-cache fragmentation.
+Sources, under ``sglang/srt/`` of 0.5.5 to 0.5.23: ``mem_cache/memory_pool.py`` (MHATokenToKVPool, MLATokenToKVPool,
+the sparse indexer's pool), ``model_executor/pool_configurator.py`` (tokens, and the split between full and sliding
+layers), ``mem_cache/kv_cache_configurator.py`` (``_handle_max_mamba_cache``, the split between states and tokens, and
+``resolve_max_num_reqs``); before 0.5.12 ``model_executor/model_runner_kv_cache_mixin.py``. The default memory fraction
+is in ``sglang_memory.py``. Left out: speculative decoding, the pools of DeepSeek-V4, tokens of windows in flight, and
+what the radix cache keeps.
 """
 
 from __future__ import annotations
 
-from kvplan.memory.cache_plan import CachePlan
+from dataclasses import replace
+
+from kvplan.memory.cache_plan import CachePlan, Pool
 from kvplan.memory.engines import approximate
 from kvplan.memory.engines.options import EngineOptions
+from kvplan.memory.engines.sglang_memory import rules_version
 from kvplan.model_config.types import ModelConfig
 
 FORMATS = frozenset({"bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2", "nvfp4", "fp8_ds_mla"})
 RULES = approximate.Rules("sglang", "0.5", 1, "sglang/srt/mem_cache/memory_pool.py", FORMATS)
 
+SLIDING_SHARE = 0.8
+"""``swa_full_tokens_ratio``: tokens of the sliding pool over tokens of the full one."""
+
+STATE_SHARE = 0.9
+"""``mamba_full_memory_ratio``: bytes of states over bytes of tokens."""
+
+SLIDING_POOLS = (
+    ("GptOssForCausalLM", (0, 5, 9)), ("Llama4ForConditionalGeneration", (0, 5, 9)),
+    ("MiMoV2FlashForCausalLM", (0, 5, 9)), ("Step3p5ForCausalLM", (0, 5, 9)), ("Gemma4ForCausalLM", (0, 5, 12)),
+    ("Gemma4ForConditionalGeneration", (0, 5, 12)),
+)  # fmt: skip
+"""Architectures whose sliding layers have a pool of their own, and since when (``configs/model_config.py``
+``is_hybrid_swa_model``); in all others, Gemma 2 and 3 among them, sliding layers keep every token."""
+
+POOL_OF = {"state": "states", "sliding": "windows", "chunked": "windows"}
+"""The pool of a kind of page; all others are in that of tokens."""
+
+EXTRA_BUFFER = ("Qwen3_5ForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration", "Qwen3NextForCausalLM",
+                "KimiLinearForCausalLM", "NemotronHForCausalLM")  # fmt: skip
+"""Architectures whose requests hold two more states for prefixes, since 0.5.16
+(``supports_mamba_cache_extra_buffer``)."""
+
 
 def plan_cache(model: ModelConfig, options: EngineOptions) -> CachePlan:
-    """The cache of ``model`` in SGLang's token pools; an approximation."""
-    return approximate.plan_cache(RULES, model, options)
+    """The cache of ``model`` in SGLang's pools; an approximation."""
+    version = rules_version(options.version)
+    rules = replace(
+        RULES,
+        default_block_tokens=page_tokens(model, options),
+        windows=any(name == model.architecture and version >= since for name, since in SLIDING_POOLS),
+        states_per_request=_states(model, options, version),
+    )
+    plan = approximate.plan_cache(rules, model, options)
+    pools, split = _pools(plan)
+    return replace(plan, pools=pools, rules=(*plan.rules, *split))
+
+
+def page_tokens(model: ModelConfig, options: EngineOptions) -> int:
+    """``--page-size`` unless told: 1, and more where the attention kernels of a model or GPU ask for it.
+
+    ``arg_groups/overrides.py`` and ``model_overrides/``, 0.5.23.
+    """
+    if "compressed" in model.cache_kinds:
+        return 256
+    if "indexer" in model.cache_kinds:
+        return 64 if "mla" in model.cache_kinds else 128
+    return 64 if options.is_sm100_family else 1
+
+
+def _states(model: ModelConfig, options: EngineOptions, version: tuple[int, ...]) -> int:
+    """States a running request counts for (``_calculate_mamba_ratio``)."""
+    if not options.enable_prefix_caching:
+        return 1
+    return 5 if version >= (0, 5, 16) and model.architecture in EXTRA_BUFFER else 3
+
+
+def _pools(plan: CachePlan) -> tuple[tuple[Pool, ...], list[tuple[str, str, str]]]:
+    """The pools, that of full attention first, and the rules that deal them their share."""
+    members: dict[str, list[int]] = {"tokens": [], "windows": [], "states": []}
+    for index, group in enumerate(plan.groups):
+        members[POOL_OF.get(group.pages[0].kind, "tokens")].append(index)
+    full, windows = (sum(plan.groups[i].bytes_per_block for i in members[name]) for name in ("tokens", "windows"))
+    rules, shares, left = [], {}, 1.0
+    if members["states"] and full + windows:
+        left = 1 / (1 + STATE_SHARE)
+        rules.append(("pool of states", f"{STATE_SHARE:g} / (1 + {STATE_SHARE:g}) of the KV memory",
+                      "sglang/srt/mem_cache/kv_cache_configurator.py _handle_max_mamba_cache"))  # fmt: skip
+    if full and windows:
+        shares["windows"] = left * SLIDING_SHARE * windows / (full + SLIDING_SHARE * windows)
+        rules.append(("bytes of a block", f"{full:,} of full layers + {SLIDING_SHARE:g} × {windows:,} of sliding ones, "
+                      f"whose pool has {SLIDING_SHARE:g} of the tokens",
+                      "sglang/srt/model_executor/pool_configurator.py HybridSWAPoolConfigurator"))  # fmt: skip
+    shares["tokens" if full else "windows"] = left - shares.get("windows", 0.0)
+    shares["states"] = 1 - left or 1.0
+    return tuple(Pool(name, shares[name], tuple(found)) for name, found in members.items() if found), rules
+
+
+def running_limit(plan: CachePlan, available_bytes: int, longest_tokens: int) -> tuple[int, str, str]:
+    """``--max-running-requests`` of one replica unless told, how it comes about, and by which rule of the engine."""
+    tokens = plan.capacity_tokens(available_bytes, longest_tokens)
+    limit = min(max(min(tokens * 512 // longest_tokens, 4096), 2048), tokens // 2)
+    formula = f"512 × {tokens:,} tokens / {longest_tokens:,}, from 2,048 to 4,096, and no more than half the tokens"
+    states = next((pool for pool in plan.pools if pool.name == "states"), None)
+    if states is not None:
+        held = max(plan.groups[i].blocks(1, 0) for i in states.groups)
+        size = max(sum(ranks[i].bytes_per_block for i in states.groups) for ranks in plan.rank_groups)
+        slots = max(int(available_bytes * states.share) // max(size, 1) - 1, 0)
+        limit = min(limit, slots // held)
+        formula += f"; {slots:,} states at {held} a request"
+    return limit, f"{formula} = {limit:,}", "sglang/srt/mem_cache/kv_cache_configurator.py resolve_max_num_reqs"

@@ -1,0 +1,122 @@
+"""How SGLang deals KV memory to pools. Expected tokens are those that servers printed in public logs."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+
+import kvplan
+from kvplan.check.log import read_stream
+from kvplan.latency.capacity import max_batches
+from kvplan.memory.plan import SizePlan
+from kvplan.memory.request import make_request
+from kvplan.memory.setup import cache_plan, set_up
+from kvplan.units import GIB
+
+
+def plan(**request: Any) -> SizePlan:
+    return kvplan.size(engine="sglang", **{"context_tokens": 8192, **request})
+
+
+def test_full_and_sliding_layers_have_pools_of_their_own() -> None:
+    """Gemma 4 26B-A4B with fp8 KV: 3.18 GiB were printed as 37,081 full and 29,664 sliding tokens.
+
+    Full layers take 5 × 2 heads × 512 × 2 B a token, sliding ones 25 × 8 × 256 × 2 B for 0.8 of the tokens: 92,160 B.
+    """
+    memory = 37_081 * 92_160 + 5_000
+    assert round(memory / GIB, 2) == 3.18
+    found = plan(model="gemma-4-26b-a4b", kv_cache_dtype="fp8", gpu="rtx-5090", kv_cache_memory_bytes=memory,
+                 context_tokens=1152)  # fmt: skip
+    assert found.kv_cache.capacity_tokens == 37_081
+    # of the 1,152 tokens of a request 1,024 and the one that is written stay in the sliding pool: 29,664 // 1,025
+    assert found.answers.max_batch_at_context == 28
+
+
+@pytest.mark.parametrize(("model", "version"), [("gemma-3-27b", None), ("gemma-4-26b-a4b", "0.5.10")])
+def test_without_a_pool_for_windows_sliding_layers_keep_every_token(model: str, version: str | None) -> None:
+    kinds = {group.kind for group in plan(model=model, gpu="h200", engine_version=version).kv_cache.groups}
+    assert kinds == {"full"}
+
+
+def test_states_and_tokens_share_the_memory_nine_to_ten() -> None:
+    """Nemotron 3 Nano on four ranks: 25.28 GiB are 2,211 states and one of padding, beside 28.10 GiB of tokens.
+
+    A token is 6 layers × 1 head × 128 × 2 B; 19,644,177 were printed.
+    """
+    found = plan(model="nemotron-3-nano-30b-a3b", gpu="h100", tp_size=4, kv_cache_dtype="fp8",
+                 kv_cache_memory_bytes=int(53.38 * GIB))  # fmt: skip
+    assert found.kv_cache.capacity_tokens == pytest.approx(19_644_177, rel=0.001)
+    assert found.answers.max_running == 2211 // 5  # three states a request, and two more for prefixes
+    older = plan(model="nemotron-3-nano-30b-a3b", gpu="h100", tp_size=4, kv_cache_dtype="fp8", engine_version="0.5.14",
+                 kv_cache_memory_bytes=int(53.38 * GIB))  # fmt: skip
+    assert older.answers.max_running == 2211 // 3
+
+
+def test_tokens_are_whole_pages() -> None:
+    memory = 10 * GIB + 12345
+    for gpu, page in (("h100", 1), ("b200", 64)):
+        cache = plan(model="8b", gpu=gpu, kv_cache_memory_bytes=memory).kv_cache
+        assert cache.block_size_tokens == page
+        assert cache.capacity_tokens == memory // (131_072 * page) * page
+    assert plan(model="deepseek-v3.2", gpu="h200", tp_size=8).kv_cache.block_size_tokens == 64
+    assert plan(model="8b", gpu="b200", block_size_tokens=32).kv_cache.block_size_tokens == 32
+
+
+def test_requests_at_once_follow_from_the_tokens() -> None:
+    def running(**request: Any) -> int | None:
+        return plan(model="8b", gpu="h200", **request).answers.max_running
+
+    assert running() == 4096  # 512 × 860 thousand tokens / 8,192 is more
+    assert running(max_model_len_tokens=131_072) == 512 * (
+        plan(model="8b", gpu="h200", max_model_len_tokens=131_072).kv_cache.capacity_tokens or 0
+    ) // 131_072 > 2048  # fmt: skip
+    assert running(kv_cache_memory_bytes=GIB) == 2048
+    assert running(kv_cache_memory_bytes=1000 * 131_072) == 500
+    assert running(max_num_seqs=64) == 64
+
+
+@pytest.mark.parametrize("model", ["gpt-oss-20b", "qwen3.5-27b", "llama-4-scout", "8b"])
+def test_the_ledger_adds_up_and_latency_counts_the_same_requests(model: str) -> None:
+    setup = set_up(make_request({"model": model, "gpu": "h200", "tp_size": 2, "engine": "sglang",
+                                 "context_tokens": 8192}))  # fmt: skip
+    found, memory = plan(model=model, gpu="h200", tp_size=2), 40 * GIB
+    assert sum(line.bytes for line in found.ledger) == found.memory.kv_cache_bytes
+    contexts = np.array([1, 100, 1024, 8192, 100_000])
+    cache = cache_plan(setup)
+    assert max_batches(cache, memory, contexts).tolist() == [cache.max_batch(memory, int(c)) for c in contexts]
+    assert sum(pool.share for pool in cache.pools) == pytest.approx(1)
+
+
+def test_a_log_with_two_pools_or_states_reads_as_the_whole_cache() -> None:
+    start = "[2026-08-15] server_args=ServerArgs(model_path='google/gemma-4', tp_size=1)\n"
+    windows = read_stream(io.BytesIO((
+        start + "[2026-08-15] KV Cache is allocated. #tokens: 798276, K size: 30.45 GB, V size: 30.45 GB\n"
+        "[2026-08-15] KV Cache is allocated. #tokens: 997846, K size: 9.52 GB, V size: 9.52 GB\n"
+        "[2026-08-15] SWAKVPool mem usage: 79.94 GB, swa size: 798276, full size: 997846\n"
+    ).encode()), "log")  # fmt: skip
+    assert windows.value("capacity_tokens") == 997_846
+    assert windows.number("kv_cache_bytes") == pytest.approx(79.94 * GIB, abs=2)
+    states = read_stream(io.BytesIO((
+        start + "[2026-09-20] Mamba Cache is allocated. max_mamba_cache_size: 360, conv_state size: 0.99GB, "
+        "ssm_state size: 50.77GB\n"
+        "[2026-09-20] KV Cache is allocated. #tokens: 228520, K size: 3.49 GB, V size: 3.49 GB\n"
+    ).encode()), "log")  # fmt: skip
+    assert states.number("kv_cache_bytes") == pytest.approx((6.98 + 51.76) * GIB, abs=4)
+
+
+def test_shares_that_fit_the_requests_better_are_advised() -> None:
+    """gpt-oss-120b on an H200: 36,864 B a token in full layers, as many in sliding ones, whose window is 128."""
+    found = plan(model="gpt-oss-120b", gpu="h200", context_tokens=32768)
+    advice = next(advice for advice in found.advice if advice.code == "pool_split")
+    kv = found.memory.kv_cache_bytes or 0
+    chunks = 2 * 8192  # of two prefills in flight, beside 128 tokens a request
+    requests = (kv - chunks * 36_864) / (32768 * 36_864 + 128 * 36_864)
+    assert advice.gain == pytest.approx(requests / (kv / (1.8 * 32768 * 36_864)), rel=1e-3)
+    assert (128 + chunks / requests) / 32768 < 0.02 and "--swa-full-tokens-ratio 0.02" in advice.message
+    states = plan(model="qwen3.5-27b", gpu="h200", context_tokens=65536).advice
+    # 5 × 153,944,064 B of states beside 65,536 × 65,536 B of tokens
+    assert "--mamba-full-memory-ratio 0.18" in next(a.message for a in states if a.code == "pool_split")
+    assert not [a for a in plan(model="8b", gpu="h200").advice if a.code == "pool_split"]
