@@ -1,8 +1,8 @@
 """Ahead-of-time checks without a GPU: compile the decode kernels for an architecture and read their machine code.
 
-`python -m kvplan.kernels.aot usual|shipped|pairs|latent ARCH...` prints one JSON object a configuration: registers,
-spills, asynchronous copies and their width, warp-instructions of the main loop per KB of KV. Triton's wheel carries
-ptxas, cuobjdump and nvdisasm.
+`python -m kvplan.kernels.aot usual|shipped|latent ARCH...` prints one JSON object a configuration: registers, spills,
+asynchronous copies and their width, warp-instructions of the main loop per KB of KV. Triton's wheel carries ptxas,
+cuobjdump and nvdisasm.
 """
 
 import json
@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import triton
@@ -68,8 +68,6 @@ def _kernel_and_signature(case: DecodeCase) -> tuple[object, dict, dict, dict]:
         packed = "*u32" if case.shape.head_dim == 64 else "*u64"
         types |= dict.fromkeys(("k_scale_ptr", "v_scale_ptr"), packed if fmt.name == "int4" else "*u8")
         types |= {"k_ptr": "*u16", "global_ptr": "*fp32"}
-    if case.shape.in_pairs and case.shape.scale_granularity == "token_head":
-        types |= dict.fromkeys(("k_scale_ptr", "v_scale_ptr"), "*i64")
     signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
     whole = [p for p in kernel.params if not p.do_not_specialize and signature[p.name] not in ("constexpr", "fp32")]
     return kernel, signature, constants, {(p.num,): [["tt.divisibility", 16]] for p in whole}
@@ -199,7 +197,6 @@ SHIPPED = tuple(
     for kv_dtype in ("fp8_e4m3", "int8")
     for head_dim in (64, 128)
 )
-SHIPPED += tuple(replace(shape, layout="NHD") for shape in SHIPPED if shape.in_pairs)
 """What the configuration table is asked for: the dearest scales of each width, both group classes, every head_dim."""
 
 USUAL = (
@@ -214,14 +211,6 @@ USUAL = (
 )
 """8 query heads a KV head and head_dim 128: 16-bit, int4, and 8-bit with every kind of scale."""
 
-PAIRS = (
-    _shape("fp8_e4m3", "tensor", 80, 8),
-    _shape("fp8_e4m3", "token_head", 80, 8),
-    _shape("fp8_e5m2", "token_head", 80, 8),
-    _shape("int8", "token_head", 80, 8),
-)
-"""8-bit rows of 80 bytes, which are read two at a time."""
-
 
 def shipped_cases(arch: int) -> list[DecodeCase]:
     """Every entry of the configuration table on `arch`."""
@@ -233,14 +222,9 @@ def usual_cases(arch: int) -> list[DecodeCase]:
     return [DecodeCase(arch, shape, shape.configs(arch)[0]) for shape in USUAL]
 
 
-def pairs_cases(arch: int) -> list[DecodeCase]:
-    """What is read in pairs of rows, with its default configuration."""
-    return [DecodeCase(arch, shape, shape.configs(arch)[0]) for shape in PAIRS]
-
-
 def main(arguments: list[str]) -> None:
-    """Print facts: `usual|shipped|pairs|latent ARCH...`."""
-    choose = {"usual": usual_cases, "shipped": shipped_cases, "pairs": pairs_cases}
+    """Print facts: `usual|shipped|latent ARCH...`."""
+    choose = {"usual": usual_cases, "shipped": shipped_cases}
     for arch in map(int, arguments[1:]):
         if arguments[0] == "latent":
             made = (latent_facts(arch, kv_dtype, 16) for kv_dtype in FORMAT_CODES)

@@ -84,13 +84,6 @@ def inline_config(arch: int | None, head_dim: int, heads: int, block_size_tokens
     return Config(tile, heads, 2 if arch is None else 1 + whole // tile, ctas_per_sm=8 // heads)
 
 
-def pairs_configs(arch: int | None) -> tuple[Config, ...]:
-    """Candidates for `attend_pairs`; a cap of 168 registers spills on sm_100."""
-    if arch is None:
-        return (Config(32, 4, 2),)
-    return _capped((64, 2, 3), registers=168 if arch < 100 else None)
-
-
 _SMALL_SHARED_MEMORY = (86, 89, 120)
 """Architectures with 99 KB of shared memory a program."""
 

@@ -52,7 +52,6 @@ def join_pieces(
     DP: tl.constexpr,
     SINKS: tl.constexpr,
     JOIN_STAGES: tl.constexpr,
-    HALVES: tl.constexpr = 1,  # rows of D numbers that make up a piece: two are added, and one piece is joined too
 ):
     """Join the pieces of a sequence: of each `radix_of` neighbours the last to arrive adds them up, level by level.
 
@@ -63,9 +62,8 @@ def join_pieces(
     dims = tl.arange(0, DP)
     row_ok = heads < G
     cell_ok = row_ok[:, None] & (dims < D)[None, :]
-    row = (kv_head * G + heads)[:, None]
-    cell = row * (HALVES * D) + dims[None, :]
-    active = pieces * HALVES > 1
+    cell = (kv_head * G + heads)[:, None] * D + dims[None, :]
+    active = pieces > 1
     radix = radix_of(pieces, JOIN_STAGES)
     width = pieces * 0 + 1
     counters = arrived_ptr + kv_head
@@ -74,13 +72,9 @@ def join_pieces(
         count = tl.minimum(tl.cdiv(pieces - first, width), radix)
         counter = counters + piece_slot(first_chunk, first) * KV_HEADS
         tl.debug_barrier()
-        # a whole sequence counts nothing: its place is that of the sequence which starts in the same chunk after it,
-        # and whoever holds the rest of that one may have counted there already
-        if pieces > 1:
-            active = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == count - 1
+        active = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == count - 1
         if active:
-            if pieces > 1:
-                tl.store(counter, 0)
+            tl.store(counter, 0)
             top = pieces <= width * radix
             peak = tl.full([GP], float("-inf"), tl.float32)
             weight = tl.zeros([GP], tl.float32)
@@ -90,10 +84,7 @@ def join_pieces(
                 one_lse = tl.load(
                     partial_lse_ptr + (one + kv_head * G + heads), mask=row_ok, other=0.0, cache_modifier=".cg"
                 )
-                at = partial_ptr + (one * (HALVES * D) + cell)
-                values = tl.load(at, mask=cell_ok, other=0.0, cache_modifier=".cg")
-                if HALVES == 2:  # a group's result is whole
-                    values += tl.load(at + D, mask=cell_ok & (width == 1), other=0.0, cache_modifier=".cg")
+                values = tl.load(partial_ptr + (one * D + cell), mask=cell_ok, other=0.0, cache_modifier=".cg")
                 new_peak = tl.maximum(peak, one_lse)
                 keep = tl.exp2(peak - new_peak)
                 share = tl.exp2(one_lse - new_peak)
@@ -106,12 +97,12 @@ def join_pieces(
                     weight += tl.exp2(sink - peak)
             acc = acc / weight[:, None]
             if top:
-                tl.store(out_ptr + (row * D + dims[None, :]), acc.to(out_ptr.dtype.element_ty), mask=cell_ok)
+                tl.store(out_ptr + cell, acc.to(out_ptr.dtype.element_ty), mask=cell_ok)
                 active = False
             else:
                 tl.debug_barrier()
                 slot = piece_slot(first_chunk, first) * (KV_HEADS * G)
-                tl.store(partial_ptr + (slot * (HALVES * D) + cell), acc, mask=cell_ok)
+                tl.store(partial_ptr + (slot * D + cell), acc, mask=cell_ok)
                 tl.store(partial_lse_ptr + (slot + kv_head * G + heads), peak + tl.log2(weight), mask=row_ok)
         width *= radix
         counters += 2 * num_chunks * KV_HEADS

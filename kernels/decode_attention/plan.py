@@ -87,7 +87,7 @@ class DecodePlan:
 
     def _allocate(self, cache: PagedKvCache) -> None:
         rows = self.num_chunks * 2 * self.num_q_heads
-        self._partial = torch.empty(rows, self._shape.sums_a_head * cache.head_dim, device=self.device)
+        self._partial = torch.empty(rows, cache.head_dim, device=self.device)
         self._partial_lse = torch.empty(rows, device=self.device)
         counters = LEVELS * self.num_chunks * 2 * cache.num_kv_heads
         self._arrived = torch.zeros(counters, dtype=torch.int32, device=self.device)
@@ -101,17 +101,12 @@ class DecodePlan:
 
     def _attend_call(self, q: torch.Tensor, cache: PagedKvCache, out: torch.Tensor) -> tuple[tuple, dict]:
         per_unit = 16 // cache.k.element_size()
-        q_unit = 8 if self._shape.in_pairs else 1
-        if q.stride(0) % q_unit or q.stride(1) % q_unit:
-            q = q.contiguous()
         strides = []
         for data in (cache.k, cache.v):
             view = cache.by_page_slot_head(data)
             strides += [view.stride(i) // per_unit for i in range(3)]
         k_scale, v_scale, scale_strides = cache.k_scale, cache.v_scale, (0, 0, 0)
         if cache.scale_granularity == "token_head":
-            if self._shape.in_pairs:
-                k_scale, v_scale = k_scale.view(torch.int64), v_scale.view(torch.int64)
             scale_strides = k_scale.transpose(1, 2).stride()
         elif cache.scale_granularity == "block":
             scale_strides = tuple(s // k_scale.shape[-1] for s in k_scale.transpose(1, 2).stride()[:3])
@@ -127,7 +122,7 @@ class DecodePlan:
             *(q, k, v, k_scale, v_scale, q if self.sinks is None else self.sinks),
             *(cache.block_table, cache.seq_lens, out, self._partial, self._partial_lse, self._arrived),
             *self._scalars,
-            *(self.batch, self.num_chunks, q.stride(0) // q_unit, q.stride(1) // q_unit),
+            *(self.batch, self.num_chunks, q.stride(0), q.stride(1)),
             *strides,
             *scale_strides,
             *(cache.block_table.stride(0), out.stride(0)),

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from ..configs import INLINE_TILES, Config, decode_configs, inline_config, padded_head_dim, pairs_configs
+from ..configs import INLINE_TILES, Config, decode_configs, inline_config, padded_head_dim
 from ..formats import KvFormat
 from ..paged_cache import PagedKvCache
 from .join import NARROW
@@ -11,7 +11,6 @@ from .kernel import attend
 from .kernel_inline import attend_inline
 from .kernel_int4 import attend_int4
 from .kernel_nvfp4 import attend_nvfp4
-from .kernel_pairs import attend_pairs
 
 BATCH_BUCKETS = (1, 32, 128, 1024, 8192)
 SCALE_CODES = {"none": 0, "tensor": 1, "head": 1, "token_head": 2, "token_head_inline": 3, "block": 0}
@@ -73,25 +72,11 @@ class DecodeShape:
         wanted = inline and not self.one_sequence
         return heads if wanted and self.group_size <= 8 and (heads, self.head_dim) in INLINE_TILES else 1
 
-    @property
-    def in_pairs(self) -> bool:
-        """True where `attend_pairs` reads the rows of two tokens as one: 8-bit rows of 80 bytes that touch."""
-        rows_touch = (self.layout, self.dense) == ("HND", True) and self.block_size_tokens > 1
-        plain = self.fmt.element_bits == 8 and self.scale_granularity != "token_head_inline"
-        return rows_touch and plain and self.head_dim == 80 and self.group_size <= 8
-
-    @property
-    def sums_a_head(self) -> int:
-        """Rows of head_dim numbers that a program stores for a query head: with pairs one for each token of them."""
-        return 2 if self.in_pairs else 1
-
     def configs(self, arch: int | None) -> tuple[Config, ...]:
         """Configurations to choose from, the default first; `arch` None: a CPU or ROCm."""
         heads = self._heads_side_by_side
         if heads > 1 and self.block_size_tokens >= 16:
             return (inline_config(arch, self.head_dim, heads, self.block_size_tokens),)
-        if self.in_pairs:
-            return pairs_configs(arch)
         return decode_configs(arch, self.fmt.element_bits, self.head_dim, self.group_size)
 
     def heads_a_program(self, config: Config) -> int:
@@ -102,8 +87,6 @@ class DecodeShape:
         """The kernel that reads such a cache."""
         if self.fmt.element_bits == 4:
             return attend_int4 if self.fmt.name == "int4" else attend_nvfp4
-        if self.in_pairs:
-            return attend_pairs
         return attend_inline if self.heads_a_program(config) > 1 else attend
 
     def constants(
@@ -135,7 +118,7 @@ class DecodeShape:
             "WINDOW": window,
             "SINKS": sinks,
             "BATCH": next(b for b in BATCH_BUCKETS if b >= batch),
-            "JOIN_STAGES": join_stages(rows * dim_padded * self.sums_a_head, tile_bytes, config.num_stages),
+            "JOIN_STAGES": join_stages(rows * dim_padded, tile_bytes, config.num_stages),
             "HEADS_TOGETHER": self.layout == "NHD",
             "UNPACK": unpack,
             "EXACT_DOT": exact_dot,

@@ -242,81 +242,21 @@ def test_pieces_join_beside_a_sequence_that_shares_their_last_chunk():
     check([1300, 40], kv_heads=1, group=3, num_chunks=20, block_n=16)
 
 
-EIGHT_BIT_ROWS = [f for f in FORMATS if f[0] in ("fp8_e4m3", "fp8_e5m2", "int8") and f[1] != "token_head_inline"]
-
-
-def test_only_8_bit_rows_of_80_bytes_that_touch_are_read_in_pairs():
-    shape = DecodeShape(kv_format("int8"), "token_head", "HND", 16, num_kv_heads=8, head_dim=80, group_size=8)
-    assert shape.in_pairs
-    for other in (
-        {"fmt": kv_format("bf16"), "scale_granularity": "none"},
-        {"scale_granularity": "token_head_inline"},
-        {"layout": "NHD"},
-        {"block_size_tokens": 1},
-        {"head_dim": 96},
-        {"group_size": 9},
-        {"dense": False},
-    ):
-        assert not replace(shape, **other).in_pairs
-
-
-@pytest.mark.parametrize(("kv_dtype", "scales"), EIGHT_BIT_ROWS)
-def test_pairs_of_rows_in_every_format_and_granularity(kv_dtype, scales):
-    check([70, 1, 33], dim=80, kv_dtype=kv_dtype, scales=scales, num_chunks=10)
-
-
-@pytest.mark.parametrize("options", [{"layout": "NHD"}, {"page": 1}, {"scales": "token_head_inline"}, {"group": 16}])
-def test_rows_of_80_bytes_that_are_not_read_in_pairs(options):
-    check([40, 33], dim=80, kv_heads=1, **options)
-
-
-@pytest.mark.parametrize("page", [16, 64, 256])
-@pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 63, 64, 65])
-def test_a_last_pair_may_be_half_a_pair(length, page):
-    check([length], dim=80, page=page, kv_heads=1, group=3, scales="token_head")
-
-
-@pytest.mark.parametrize("window_tokens", [1, 2, 20, 33, 500])
-def test_a_window_may_begin_in_the_middle_of_a_pair(window_tokens):
-    check([100, 11, 65], dim=80, window_tokens=window_tokens, scales="token_head", kv_heads=1)
-
-
-def test_what_lies_before_a_window_never_enters_from_its_pair():
-    k, v = torch.randn(65, 1, 80), torch.randn(65, 1, 80)
-    k[44], v[44] = NAN, NAN  # the window of 20 begins with token 45, whose pair this is
-    check([65], dim=80, window_tokens=20, scales="none", kv_heads=1, k=[k], v=[v])
-
-
-@pytest.mark.parametrize("num_chunks", [1, 3, 16])
-def test_pairs_cut_anywhere_with_cap_and_sinks(num_chunks):
-    options = {"soft_cap": 5.0, "sinks": torch.randn(2) * 3}
-    check([200, 1, 91, 31, 64], dim=80, kv_heads=1, group=2, num_chunks=num_chunks, scales="head", **options)
-
-
-@pytest.mark.parametrize(("length", "num_chunks"), [(701, 20), (2201, 68)])
-def test_pieces_of_pairs_join_over_two_and_three_levels(length, num_chunks):
-    check([length, 40], dim=80, kv_heads=1, group=3, num_chunks=num_chunks, block_n=32, sinks=torch.full((3,), 6.0))
-
-
-def test_queries_of_any_stride_meet_pairs():
-    """Pairs are read with queries whose rows begin at multiples of 16 bytes; others are copied first."""
-    cache = random_caches([33, 5], kv_dtype="fp8_e4m3", num_kv_heads=1, head_dim=80, device="cpu")[0]
-    q = torch.randn(2, 4, 81).bfloat16()[..., :80]
-    plan = DecodePlan(cache, num_q_heads=4, num_chunks=3)
-    assert torch.equal(plan.run(q, cache), plan.run(q.contiguous(), cache))
-    assert relative_error(plan.run(q, cache), reference(q, cache)) <= 5e-3  # the output is bfloat16
-
-
 @pytest.mark.parametrize(
-    ("kv_dtype", "scales", "dim"),
-    [("int8", "token_head", 80), ("fp8_e4m3", "tensor", 80), ("bf16", "none", 64), ("int4", "block", 64)],
+    "options",
+    [
+        {"kv_dtype": "int8", "scales": "token_head", "dim": 80},
+        {"kv_dtype": "bf16", "scales": "none"},
+        {"kv_dtype": "int4", "scales": "block"},
+        {"scales": "token_head_inline", "layout": "NHD", "kv_heads": 4},
+    ],
 )
-def test_programs_may_arrive_in_any_order(kv_dtype, scales, dim, monkeypatch):
+def test_programs_may_arrive_in_any_order(options, monkeypatch):
     """Backwards here: the rest of a sequence arrives before the chunk that it starts in, after other sequences."""
     builder = interpreter.interpreter_builder
     forwards = builder.set_grid_idx
     monkeypatch.setattr(builder, "set_grid_idx", lambda x, y, z: forwards(builder.grid_dim[0] - 1 - x, y, z))
-    check([300, 20, 5, 700, 64, 1], kv_dtype=kv_dtype, scales=scales, dim=dim, kv_heads=1, num_chunks=6, block_n=16)
+    check([300, 20, 5, 700, 64, 1], num_chunks=6, block_n=16, **{"kv_heads": 1, **options})
 
 
 def test_a_batch_of_more_than_sixty_four():
