@@ -65,6 +65,17 @@ def test_tokens_are_whole_pages() -> None:
     assert plan(model="8b", gpu="b200", block_size_tokens=32).kv_cache.block_size_tokens == 32
 
 
+def test_auto_is_fp8_where_a_checkpoint_asks_for_it_and_for_sparse_latents_on_blackwell() -> None:
+    def auto(**request: Any) -> str:
+        return plan(tp_size=8, **request).kv_cache.kv_cache_dtype
+
+    assert auto(model="kimi-k2.5-nvfp4", gpu="b200") == "fp8"
+    assert auto(model="deepseek-v3.2", gpu="b200") == "fp8"
+    assert auto(model="deepseek-v3.2", gpu="h200") == "bfloat16"
+    assert auto(model="deepseek-r1", gpu="b200") == "bfloat16"
+    assert auto(model="deepseek-v3.2", gpu="b200", kv_cache_dtype="bfloat16") == "bfloat16"
+
+
 def test_requests_at_once_follow_from_the_tokens() -> None:
     def running(**request: Any) -> int | None:
         return plan(model="8b", gpu="h200", **request).answers.max_running

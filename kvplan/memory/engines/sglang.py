@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from kvplan.dtypes import AUTO
 from kvplan.memory.cache_plan import CachePlan, Pool
 from kvplan.memory.engines import approximate
 from kvplan.memory.engines.options import EngineOptions
@@ -53,9 +54,20 @@ def plan_cache(model: ModelConfig, options: EngineOptions) -> CachePlan:
         windows=any(name == model.architecture and version >= since for name, since in SLIDING_POOLS),
         states_per_request=_states(model, options, version),
     )
-    plan = approximate.plan_cache(rules, model, options)
+    plan = approximate.plan_cache(rules, model, replace(options, kv_cache_dtype=_kv_dtype(model, options)))
     pools, split = _pools(plan)
     return replace(plan, pools=pools, rules=(*plan.rules, *split))
+
+
+def _kv_dtype(model: ModelConfig, options: EngineOptions) -> str:
+    """The format, ``auto`` becoming FP8 where a ModelOpt checkpoint asks for it (``mem_cache/kv_cache_dtype.py``).
+
+    And for sparse latent attention on Blackwell (``arg_groups/overrides.py`` ``_dsa_kv_cache_dtype_default``).
+    """
+    quantization = model.quantization
+    asked = quantization is not None and quantization.method == "modelopt" and quantization.kv_cache_declared == "fp8"
+    sparse = {"mla", "indexer"} <= model.cache_kinds and (options.sm or 0) >= 100
+    return "fp8" if options.kv_cache_dtype == AUTO and (asked or sparse) else options.kv_cache_dtype
 
 
 def page_tokens(model: ModelConfig, options: EngineOptions) -> int:
