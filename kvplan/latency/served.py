@@ -288,6 +288,11 @@ def family_of(model: ModelConfig) -> str:
 def _available_bytes(setup: Setup, deployment: Deployment) -> int | None:
     """KV budget of one GPU: the sizing budget of one replica, whose ranks share the experts on every engine."""
     request = replace(setup.request, dp_size=deployment.attention_dp_size, ep=deployment.expert_parallel_size > 1)
-    setup = replace(setup, request=request, engine=replace(setup.engine, experts_span_dp=True))
+    fraction = setup.memory_fraction
+    if request.gpu_memory_utilization is None and deployment.attention_dp_size > 1:
+        options = replace(setup.options, dp_size=deployment.attention_dp_size, ep=True)
+        fraction = setup.engine.default_fraction(setup.model, options)
+    engine = replace(setup.engine, experts_span_dp=True)
+    setup = replace(setup, request=request, engine=engine, memory_fraction=fraction)
     budget = budget_of(setup, weights_of(setup))
     return -budget.excess_bytes if budget.excess_bytes else budget.kv_bytes

@@ -345,6 +345,9 @@ def test_a_load_whose_requests_do_not_fit_one_by_one_has_no_times(kvplan_cli: Ca
         {"model": "deepseek-v3", "dp_size": 8, "ep": True, "kv_cache_dtype": "bf16"},
         {"model": "deepseek-v3", "dp_size": 8, "kv_cache_dtype": "bf16"},
         {"model": "gpt-oss-120b", "tp_size": 2, "ep": True, "engine": "sglang"},
+        {"model": "deepseek-v3", "dp_size": 8, "ep": True, "kv_cache_dtype": "bf16", "engine": "sglang"},
+        {"model": "qwen3.5-397b-a17b", "tp_size": 8, "engine": "sglang"},
+        {"model": "70b", "tp_size": 4, "dp_size": 2, "engine": "sglang"},
         {"model": "70b", "tp_size": 4, "dp_size": 2, "engine": "tensorrt-llm"},
     ],
 )
