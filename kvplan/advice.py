@@ -267,28 +267,34 @@ def _in_flight(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[Advi
 
 
 def _pool_split(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[Advice]:
-    """SGLang's shares of windows or states as requests of this length would have them."""
-    context, kv = setup.context_tokens, answer.memory.kv_cache_bytes or 0
-    needs = plan.pool_needs(context)
-    if kv <= 0 or len(needs) != 2 or not needs.get("tokens"):
-        return
+    """Shares of SGLang's pools as requests of this length would have them."""
+    found = better_split(setup, plan, answer.memory.kv_cache_bytes or 0)
+    if found is not None:
+        flag, gain = found
+        yield Advice(
+            code="pool_split", gain=gain,
+            message=f"requests of {format_tokens(setup.context_tokens)} tokens fill one pool and leave room in "
+            f"another: {flag} wins {format_ratio(gain)} capacity, with less kept of other prefixes",
+        )  # fmt: skip
+
+
+def better_split(setup: Setup, plan: CachePlan, kv_bytes: int) -> tuple[str, float] | None:
+    """(option, gain in requests) of a share of windows or states that fits the context; None where little is won."""
+    context, needs = setup.context_tokens, plan.pool_needs(setup.context_tokens)
+    if kv_bytes <= 0 or len(needs) != 2 or not needs.get("tokens"):
+        return None
     if "windows" in needs:  # beside the windows, that pool holds the chunks of two prefills in flight
         blocks = {pool.name: max(plan.groups[i].blocks(context, 0) for i in pool.groups) for pool in plan.pools}
         chunks = 2 * setup.batched_tokens / plan.block_size_tokens
-        then = (kv - chunks * needs["windows"] / blocks["windows"]) / sum(needs.values())
+        then = (kv_bytes - chunks * needs["windows"] / blocks["windows"]) / sum(needs.values())
         ratio = (blocks["windows"] + chunks / then) / blocks["tokens"] if then >= 1 else 1.0
         flag = f"--swa-full-tokens-ratio {ceil(ratio * 100) / 100:g}"
     else:
         ratio = ceil(needs["states"] / needs["tokens"] * 100) / 100
-        then = kv / needs["tokens"] / (1 + ratio)
+        then = kv_bytes / needs["tokens"] / (1 + ratio)
         flag = f"--mamba-full-memory-ratio {ratio:g}"
-    gain = then * plan.bytes_per_request(context) / kv
-    if gain >= WORTH_SAYING:
-        yield Advice(
-            code="pool_split", gain=gain,
-            message=f"requests of {format_tokens(context)} tokens fill one pool and leave room in another: {flag} wins "
-            f"{format_ratio(gain)} capacity, with less kept of other prefixes",
-        )  # fmt: skip
+    gain = then * plan.bytes_per_request(context) / kv_bytes
+    return (flag, gain) if gain >= WORTH_SAYING else None
 
 
 def _declared(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[Advice]:

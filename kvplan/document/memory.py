@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from kvplan.advice import better_split
 from kvplan.document.parts import Segment, SegmentKind, Waste
 from kvplan.document.plans import Plans
 from kvplan.errors import KvplanError
@@ -84,6 +85,7 @@ def _kv_segments(lines: dict[str, int], source: Source) -> list[Segment]:
         ("kv", "keys, values and states", "kv", lines.get("live", 0)),
         ("scales", "scales", "scales", lines.get("scales", 0)),
         ("padding", "copies, padding and rounding", "waste", sum(lines.get(name, 0) for name in WASTED)),
+        ("pools", "room of other pools", "waste", lines.get("pool_split", 0)),
         ("headroom", "free for more users", "headroom", lines.get("unused", 0)),
     ]
     return [
@@ -131,6 +133,10 @@ def _line(plans: Plans, now: Holds, line: tuple[str, str, int]) -> Waste:
     share = size / (plans.size.memory.total_bytes or 1)
     if name == "unused":
         return _unused(plans, size, share)
+    if name == "pool_split" and (split := better_split(plans.setup, plans.cache, plans.room_bytes)) is not None:
+        users = int(now.fractional / plans.setup.num_replicas * split[1]) * plans.setup.num_replicas
+        return Waste(name=name, label=label, bytes=size, share=share, fix=split[0], note=REASONS[name],
+                     wins_users=max(users - now.users, 0), wins_capacity=split[1] - 1)  # fmt: skip
     best: tuple[Holds, str] | None = None
     for remedy in _remedies(plans.setup, plans.cache, name):
         then = _holds_with(plans.setup, remedy.edits)

@@ -440,3 +440,18 @@ def test_the_document_is_plain_data_with_units_in_its_keys(chat: Report) -> None
     found = keys(json.loads(chat.as_json()))
     assert not [key for key in found if key.endswith(("_ms", "_gib", "_gb", "_mb", "_us", "_kib"))]
     assert {"itl_s", "kv_cache_bytes", "contexts_tokens", "slope_s_per_token"} <= found
+
+
+def test_memory_dealt_to_pools_adds_up_and_a_better_split_is_a_remedy() -> None:
+    asked: dict[str, Any] = {"model": "qwen3.5-27b", "gpu": "h200", "engine": "sglang", "context_tokens": "32k"}
+    report = kvplan.report(**asked, concurrency=16, date=DATE)
+    (pools,) = [segment for segment in report.memory if segment.name == "pools"]
+    (reserve,) = [segment for segment in report.memory if segment.kind == "reserve"]
+    memory = kvplan.size(**asked).memory
+    assert pools.bytes > 0 and memory.total_bytes is not None and memory.usable_bytes is not None
+    outside = (memory.activation_bytes or 0) + (memory.graph_bytes or 0) + (memory.overhead_bytes or 0)
+    assert reserve.bytes == memory.total_bytes - memory.usable_bytes - outside
+    (waste,) = [line for line in report.waste if line.name == "pool_split"]
+    # 5 × 153,944,064 B of states beside 32,768 × 65,536 B of tokens; 17 users become 24
+    assert waste.fix == "--mamba-full-memory-ratio 0.36" and waste.wins_users == 7
+    assert waste.bytes == pools.bytes
