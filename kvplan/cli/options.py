@@ -152,7 +152,9 @@ MaxNumSeqs = Annotated[
 MaxNumBatchedTokens = Annotated[
     str | None,
     typer.Option(
-        "--max-num-batched-tokens", help="Tokens a step; windows reserve as many in flight.", rich_help_panel=ENGINE
+        "--max-num-batched-tokens",
+        help="Tokens a step, SGLang's chunked prefill; windows of vLLM reserve as many in flight.",
+        rich_help_panel=ENGINE,
     ),
 ]
 PrefixCaching = Annotated[
@@ -169,7 +171,7 @@ MemoryFraction = Annotated[
         "--gpu-memory-utilization",
         "--mem-fraction-static",
         "--free-gpu-memory-fraction",
-        help="The engine's memory fraction: of total (vLLM), of total for weights and KV "
+        help="The engine's memory fraction: of total (vLLM), of what is free before weights, for weights and KV "
         "(SGLang), of free (TensorRT-LLM).",
         rich_help_panel=MEMORY,
     ),

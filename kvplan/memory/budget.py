@@ -1,9 +1,9 @@
 """From a GPU's memory to the bytes left for the KV cache, term by term, each with its source.
 
 vLLM: ``ceil(total × utilisation) − weights − activation peak − CUDA graphs − other`` (``v1/worker/gpu_worker.py``
-``determine_available_memory``). SGLang: ``(total − other) ×
-mem-fraction-static − weights``, other being what is taken before weights are loaded (``model_runner.py``,
-``mem_cache/kv_cache_configurator.py`` ``_profile_available_bytes``). TensorRT-LLM: ``fraction × free``.
+``determine_available_memory``). SGLang: ``(total − other) × mem-fraction-static − weights``, other being what is taken
+before weights are loaded (``mem_cache/kv_cache_configurator.py`` ``_profile_available_bytes``). TensorRT-LLM:
+``fraction × free``.
 Activations, graphs and other memory depend on kernels and drivers and are estimates (``assumed``); each has a flag.
 """
 
