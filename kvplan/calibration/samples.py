@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from kvplan.calibration.attention import make_geometry
 from kvplan.calibration.geometry import Geometry, default_head_dim_v
-from kvplan.dtypes import KV_FORMATS, canonical_kv_dtype
+from kvplan.dtypes import AUTO, canonical_kv_dtype
 from kvplan.errors import InputError, KvplanError, shorten
 from kvplan.gpu import GpuSpec
 
@@ -269,7 +269,7 @@ def _kv_dtype(values: Mapping[str, Any]) -> str:
         found = canonical_kv_dtype(name)
     except KvplanError as error:
         raise InputError(error.message) from error
-    if found not in KV_FORMATS or found.endswith("_ds_mla"):
+    if found == AUTO or found.endswith("_ds_mla"):
         raise InputError(f"kv_dtype {shorten(name, 24)!r} is not a plain attention format")
     return found
 

@@ -14,7 +14,7 @@ from kvplan.calibration.attention_model import NAMES, PARAMETERS
 from kvplan.calibration.fields import Checker
 from kvplan.calibration.geometry import RULES, Dispatch, Hardware
 from kvplan.calibration.store import SHIPPED
-from kvplan.dtypes import KV_FORMATS, canonical_kv_dtype
+from kvplan.dtypes import AUTO, canonical_kv_dtype
 from kvplan.errors import KvplanError, ProfileError, shorten
 
 SCHEMA_VERSION = 3
@@ -160,8 +160,8 @@ def _kv_dtype(check: Checker, name: str) -> str:
         found = canonical_kv_dtype(name)
     except KvplanError as error:
         raise ProfileError(f"{check.where}: kv_dtypes.{shorten(name)} is not a KV dtype", hint=error.hint) from error
-    if found not in KV_FORMATS:
-        raise ProfileError(f"{check.where}: kv_dtypes.{shorten(name)} is not a named KV dtype")
+    if found == AUTO:
+        raise ProfileError(f"{check.where}: kv_dtypes.{shorten(name)} is not one KV dtype")
     return found
 
 

@@ -153,11 +153,6 @@ def kernel_names(kv_dtype: str, latent: bool = False) -> tuple[str, str]:
     )
 
 
-def element_bits(element: str) -> int:
-    """Bits of one element of plain attention, by its name among the kernels."""
-    return int(kernel_format(element).element_bits)
-
-
 def parse_kv_dtypes(names: Iterable[str], latent: bool = False) -> tuple[str, ...]:
     """Canonical KV dtypes of plain or latent attention, each once, in order.
 

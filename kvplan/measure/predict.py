@@ -16,14 +16,14 @@ from kvplan.calibration.attention import AttentionCalibration, find_attention
 from kvplan.calibration.latent import FLOPS_PER_ROW, LatentCalibration, find_latent
 from kvplan.gpu import GpuSpec, load_gpu
 from kvplan.measure.backend import Environment
-from kvplan.measure.family import element_bits
 from kvplan.measure.plan import Cell
 
 ENGINE = "kvplan"
 """The engine name that calibrations of the bundled kernels carry."""
-KERNEL_EFFICIENCY = {16: 0.92, 8: 0.92, 4: 0.70}
-"""Bits of an element → share of datasheet bandwidth that the bundled kernels stream KV at. Assumed; measured on an H200
-are 0.91 to 0.96 for 16 and 8 bits, 0.69 for nvfp4 and 0.78 for int4 from batch 8 on, where unpacking is the limit."""
+KERNEL_EFFICIENCY = {"int4": 0.88, "nvfp4": 0.70}
+USUAL_EFFICIENCY = 0.92
+"""Share of datasheet bandwidth that the bundled kernels stream KV at: of these elements, and of all others. Assumed;
+measured on an H200 are 0.91 to 0.96 for 16 and 8 bits, 0.89 for int4, and 0.70 for nvfp4, which unpacking limits."""
 KERNEL_INTERCEPT_S = 11e-6
 """Launch and join of one call (assumed; 10 to 15 µs measured on an H200)."""
 LATENT_TILE_ROWS = 16
@@ -104,10 +104,12 @@ def datasheet_predictor(gpu: GpuSpec) -> Predictor | None:
         return None
 
     def latency_s(cell: Cell) -> float:
-        return KERNEL_INTERCEPT_S + cell.read_bytes / (KERNEL_EFFICIENCY[element_bits(cell.family.element)] * peak)
+        share = KERNEL_EFFICIENCY.get(cell.family.element, USUAL_EFFICIENCY)
+        return KERNEL_INTERCEPT_S + cell.read_bytes / (share * peak)
 
+    others = ", ".join(f"{element} {share:.0%}" for element, share in KERNEL_EFFICIENCY.items())
     source = (
-        f"roofline: {KERNEL_EFFICIENCY[16]:.0%} (4-bit {KERNEL_EFFICIENCY[4]:.0%}) of the datasheet's "
+        f"roofline: {USUAL_EFFICIENCY:.0%} ({others}) of the datasheet's "
         f"{peak / 1e12:.2f} TB/s and {KERNEL_INTERCEPT_S * 1e6:.0f} µs a call, all assumed"
     )
     return Predictor("assumed", source, latency_s)

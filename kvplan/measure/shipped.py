@@ -15,7 +15,7 @@ SAMPLES = "h200-measure-2026-11-24.jsonl"
 STEPS = "h200-steps-2026-11-24.jsonl"
 PEERS = "h200-peers-2026-11-24.jsonl"
 LATENT = "h200-latent-2026-11-24.jsonl"
-ROOFLINE_BYTES_PER_S = 4.64e12
+ROOFLINE_BYTES_PER_S = 4.54e12
 """Read roofline of the runs, as they printed it."""
 LATENT_ROOFLINE_BYTES_PER_S = 4.54e12
 """The same of the runs of latent attention."""
