@@ -73,3 +73,31 @@ def cut_batch(
     first_seq = tl.sum((ends <= tile).to(tl.int32), 0)
     last_seq = tl.sum((ends < end_tile).to(tl.int32), 0)
     return total, chunks, tile, end_tile, first_seq, last_seq, tl.sum(tl.where(rows < first_seq, tiles, 0), 0)
+
+
+@triton.jit
+def chunk_of_program(num_chunks, PARTS: tl.constexpr, PARTS_TOGETHER: tl.constexpr):
+    """(chunk, part) of this program, `PARTS` KV heads, say: neighbours take a chunk's parts, or a part's chunks."""
+    if PARTS_TOGETHER:
+        part = tl.program_id(0) % PARTS
+        chunk = tl.program_id(0) // PARTS
+    else:
+        part = tl.program_id(0) // num_chunks
+        chunk = tl.program_id(0) % num_chunks
+    return chunk, part
+
+
+@triton.jit
+def share_of_sequence(seq_len, seq_start, tile, end_tile, window, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr):
+    """What a chunk from `tile` to `end_tile` holds of the sequence that starts at tile `seq_start` of the line.
+
+    (First tile that is read of the sequence, tiles that are, of these the chunk's first and its end, first token that
+    counts.)
+    """
+    seq_first, seq_tiles = sequence_tiles(seq_len, window, BLOCK_N, WINDOW)
+    from_tile = tile - seq_start
+    to_tile = tl.minimum(end_tile - seq_start, seq_tiles)
+    first_token = seq_len * 0
+    if WINDOW:
+        first_token = tl.maximum(seq_len - window, 0)
+    return seq_first, seq_tiles, from_tile, to_tile, first_token

@@ -21,9 +21,10 @@ whatever the scales; the denominator sums w / v_scale.
 import triton
 import triton.language as tl
 
-from ..schedule import cut_batch, sequence_tiles
+from ..schedule import chunk_of_program, cut_batch, share_of_sequence
 from ..unpack import INT8_BIAS, unpack_elements, unpack_pairs
 from .join import join_pieces, piece_of
+from .pages import first_page, page_ahead, rows_at, slot_in_page, valid_slots
 
 OFFSET = tl.constexpr(14.0)
 """log2 of the largest softmax weight: keeps small weights clear of float16's subnormals."""
@@ -69,6 +70,12 @@ def store_columns(ptr, even, odd, columns_ok, WIDTH: tl.constexpr, PAIRED: tl.co
     else:
         keep = columns_ok & (rows < WIDTH)
         tl.store(ptr + rows, even.to(ptr.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def cap_logits(logits, soft_cap):
+    """Cap * tanh(x / cap), both in units of log2."""
+    return soft_cap - 2.0 * soft_cap / (1.0 + tl.exp2(logits * (2.8853900817779268 / soft_cap)))
 
 
 @triton.jit
@@ -156,12 +163,7 @@ def attend(
     HEADS_TOGETHER: tl.constexpr,  # neighbouring programs take the heads of one chunk, else the chunks of one head
 ):
     """Attend to one chunk of tiles for one KV head; grid: num_chunks * KV_HEADS programs."""
-    if HEADS_TOGETHER:
-        kv_head = tl.program_id(0) % KV_HEADS
-        chunk = tl.program_id(0) // KV_HEADS
-    else:
-        kv_head = tl.program_id(0) // num_chunks
-        chunk = tl.program_id(0) % num_chunks
+    chunk, kv_head = chunk_of_program(num_chunks, KV_HEADS, HEADS_TOGETHER)
     total, chunks, tile, end_tile, first_seq, last_seq, seq_start = cut_batch(
         chunk, num_chunks, seq_lens_ptr, batch_size, window, BLOCK_N, WINDOW, BATCH, MIN_TILES
     )
@@ -193,21 +195,15 @@ def attend(
 
     for seq in tl.range(first_seq, last_seq + 1, num_stages=1):
         seq_len = tl.load(seq_lens_ptr + seq)
-        seq_first, seq_tiles = sequence_tiles(seq_len, window, BLOCK_N, WINDOW)
-        from_tile = tile - seq_start
-        to_tile = tl.minimum(end_tile - seq_start, seq_tiles)
-        first_token = 0
-        if WINDOW:
-            first_token = tl.maximum(seq_len - window, 0)
+        seq_first, seq_tiles, from_tile, to_tile, first_token = share_of_sequence(
+            seq_len, seq_start, tile, end_tile, window, BLOCK_N, WINDOW
+        )
         table = block_table_ptr + seq * stride_table_row.to(tl.int64)
         last_page = (tl.maximum(seq_len, 1) - 1) // PAGE
 
         begin = seq_first + from_tile
         end = seq_first + to_tile
-        if PAGE >= BLOCK_N:
-            next_page = tl.load(table + begin * BLOCK_N // PAGE)
-        else:
-            next_page = tl.load(table + tl.minimum((begin * BLOCK_N + slots) // PAGE, last_page))
+        next_page = first_page(table, begin * BLOCK_N, slots, last_page, PAGE, BLOCK_N)
         q_rows = q_ptr + seq * stride_q_batch.to(tl.int64) + (kv_head * G + heads)[None, :] * stride_q_head
         q = tl.load(q_rows + dims[:, None], mask=head_ok[None, :] & (dims < D)[:, None], other=0.0)
         if FORMAT > 0:
@@ -231,27 +227,15 @@ def attend(
         for t in tl.range(begin, end, num_stages=STAGES):
             token = t * BLOCK_N
             page = next_page
-            if PAGE >= BLOCK_N:  # the page of the next tile is fetched one tile ahead
-                next_page = tl.load(table + tl.minimum((token + BLOCK_N) // PAGE, last_page))
-                in_page = token % PAGE
-            else:
-                next_page = tl.load(table + tl.minimum((token + BLOCK_N + slots) // PAGE, last_page))
-                in_page = slots % PAGE
-            valid = slots < seq_len - token
-            if WINDOW:
-                valid = valid & (slots >= first_token - token)
+            next_page = page_ahead(table, token, slots, last_page, PAGE, BLOCK_N)
+            in_page = slot_in_page(token, slots, PAGE, BLOCK_N)
+            valid = valid_slots(slots, token, seq_len, first_token, WINDOW)
 
-            # 16-byte units fit 32 bits; a tile in one page has fixed offsets from its first row
+            # 16-byte units fit 32 bits
             k_row = page * stride_k_page + in_page * stride_k_token + kv_head * stride_k_head
             v_row = page * stride_v_page + in_page * stride_v_token + kv_head * stride_v_head
-            k_unit = k_row.to(tl.int64) * per_unit
-            v_unit = v_row.to(tl.int64) * 8
-            if PAGE >= BLOCK_N:
-                k_at = k_ptr + k_unit + k_offsets
-                v_at = v_ptr + v_unit + v_offsets
-            else:
-                k_at = (k_ptr + k_unit)[:, None]
-                v_at = (v_ptr + v_unit)[None, :]
+            k_at = rows_at(k_ptr, k_row, k_offsets, per_unit, 1, PAGE, BLOCK_N)
+            v_at = rows_at(v_ptr, v_row, v_offsets, 8, 0, PAGE, BLOCK_N)
             if DA > D:
                 k = tl.load(k_at + dims[None, :], mask=(dims < D)[None, :], other=0)
             else:
@@ -280,8 +264,8 @@ def attend(
                 v_scales = tl.maximum(tl.load(v_scales_at, mask=valid, other=0.0), SMALLEST_SCALE)
             else:
                 logits *= logit_scale
-            if SOFT_CAP:  # cap * tanh(x / cap), in units of log2
-                logits = soft_cap - 2.0 * soft_cap / (1.0 + tl.exp2(logits * (2.8853900817779268 / soft_cap)))
+            if SOFT_CAP:
+                logits = cap_logits(logits, soft_cap)
             if SCALES >= 2:
                 logits += log2(v_scales, UNPACK)[:, None]
             logits = tl.where(valid[:, None], logits, float("-inf"))

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..formats import INLINE_SLOT_BYTES
-from ..schedule import cut_batch, sequence_tiles
+from ..schedule import chunk_of_program, cut_batch, share_of_sequence
 from ..unpack import INT8_BIAS
 from .join import join_pieces, piece_of
 from .kernel import (
@@ -20,10 +20,12 @@ from .kernel import (
     SMALLEST_SCALE,
     add_logits,
     add_values,
+    cap_logits,
     log2,
     reciprocal,
     store_columns,
 )
+from .pages import first_page, page_ahead, valid_slots
 
 SLOT_BYTES = tl.constexpr(INLINE_SLOT_BYTES)
 
@@ -79,8 +81,7 @@ def attend_inline(
 ):
     """Attend to one chunk of tiles for HEADS KV heads; arguments as `kernel.attend`'s, but rows lie close in a page."""
     PARTS: tl.constexpr = KV_HEADS // HEADS
-    part = tl.program_id(0) % PARTS
-    chunk = tl.program_id(0) // PARTS
+    chunk, part = chunk_of_program(num_chunks, PARTS, True)
     total, chunks, tile, end_tile, first_seq, last_seq, seq_start = cut_batch(
         chunk, num_chunks, seq_lens_ptr, batch_size, window, BLOCK_N, WINDOW, BATCH, MIN_TILES
     )
@@ -98,18 +99,15 @@ def attend_inline(
     rows = (tl.arange(0, HEADS)[:, None] + slots[None, :] * KV_HEADS) * ROW  # bytes from the first head's first token
     for seq in tl.range(first_seq, last_seq + 1, num_stages=1):
         seq_len = tl.load(seq_lens_ptr + seq)
-        seq_first, seq_tiles = sequence_tiles(seq_len, window, BLOCK_N, WINDOW)
-        from_tile = tile - seq_start
-        to_tile = tl.minimum(end_tile - seq_start, seq_tiles)
-        first_token = 0
-        if WINDOW:
-            first_token = tl.maximum(seq_len - window, 0)
+        seq_first, seq_tiles, from_tile, to_tile, first_token = share_of_sequence(
+            seq_len, seq_start, tile, end_tile, window, BLOCK_N, WINDOW
+        )
         table = block_table_ptr + seq * stride_table_row.to(tl.int64)
         last_page = (tl.maximum(seq_len, 1) - 1) // PAGE
 
         begin = seq_first + from_tile
         end = seq_first + to_tile
-        next_page = tl.load(table + begin * BLOCK_N // PAGE)
+        next_page = first_page(table, begin * BLOCK_N, slots, last_page, PAGE, BLOCK_N)
         q_at = q_ptr + seq * stride_q_batch.to(tl.int64) + q_heads[:, None, :] * stride_q_head
         q = tl.load(q_at + dims[None, :, None], mask=head_ok[:, None, :], other=0.0).to(tl.float16)
         peak = tl.full([HEADS, GP], float("-inf"), tl.float32)
@@ -122,11 +120,8 @@ def attend_inline(
         for t in tl.range(begin, end, num_stages=STAGES):
             token = t * BLOCK_N
             page = next_page
-            next_page = tl.load(table + tl.minimum((token + BLOCK_N) // PAGE, last_page))
-            valid = slots < seq_len - token
-            if WINDOW:
-                valid = valid & (slots >= first_token - token)
-
+            next_page = page_ahead(table, token, slots, last_page, PAGE, BLOCK_N)
+            valid = valid_slots(slots, token, seq_len, first_token, WINDOW)
             first_row = (token % PAGE * KV_HEADS + part * HEADS) * ROW
             k_byte = (page * stride_k_page).to(tl.int64) * 16 + first_row
             v_byte = (page * stride_v_page).to(tl.int64) * 16 + first_row
@@ -137,8 +132,8 @@ def attend_inline(
             logits *= (k_scales * scale_log2e)[:, :, None]
             v_scales = tl.load(v_scale_ptr + v_byte // 4 + (rows // 4 + D // 4), mask=valid[None, :], other=0.0)
             v_scales = tl.maximum(v_scales, SMALLEST_SCALE)
-            if SOFT_CAP:  # cap * tanh(x / cap), in units of log2
-                logits = soft_cap - 2.0 * soft_cap / (1.0 + tl.exp2(logits * (2.8853900817779268 / soft_cap)))
+            if SOFT_CAP:
+                logits = cap_logits(logits, soft_cap)
             logits += log2(v_scales, UNPACK)[:, :, None]
             logits = tl.where(valid[None, :, None], logits, float("-inf"))
 

@@ -14,10 +14,11 @@ product with a constant, so that the accumulator never holds the large sum.
 import triton
 import triton.language as tl
 
-from ..schedule import cut_batch, sequence_tiles
+from ..schedule import chunk_of_program, cut_batch, share_of_sequence
 from ..unpack import unpack_planes, unpack_scales
 from .join import join_pieces, piece_of
-from .kernel import MIN_TILES, NOT_SPECIALISED
+from .kernel import MIN_TILES, NOT_SPECIALISED, cap_logits
+from .pages import first_page, page_ahead, rows_at, slot_in_page, valid_slots
 
 OFFSET = tl.constexpr(7.0)
 """log2 of the largest softmax weight: times an FP16 scale up to 511 (values up to 3,577) it stays inside float16."""
@@ -148,12 +149,7 @@ def attend_int4(
     HEADS_TOGETHER: tl.constexpr,
 ):
     """Attend to one chunk of tiles for one KV head; arguments as `kernel.attend`'s."""
-    if HEADS_TOGETHER:
-        kv_head = tl.program_id(0) % KV_HEADS
-        chunk = tl.program_id(0) // KV_HEADS
-    else:
-        kv_head = tl.program_id(0) // num_chunks
-        chunk = tl.program_id(0) % num_chunks
+    chunk, kv_head = chunk_of_program(num_chunks, KV_HEADS, HEADS_TOGETHER)
     total, chunks, tile, end_tile, first_seq, last_seq, seq_start = cut_batch(
         chunk, num_chunks, seq_lens_ptr, batch_size, window, BLOCK_N, WINDOW, BATCH, MIN_TILES
     )
@@ -172,20 +168,14 @@ def attend_int4(
     v_offsets = (slots * stride_v_token * 8)[None, :]
     for seq in tl.range(first_seq, last_seq + 1, num_stages=1):
         seq_len = tl.load(seq_lens_ptr + seq)
-        seq_first, seq_tiles = sequence_tiles(seq_len, window, BLOCK_N, WINDOW)
-        from_tile = tile - seq_start
-        to_tile = tl.minimum(end_tile - seq_start, seq_tiles)
-        first_token = 0
-        if WINDOW:
-            first_token = tl.maximum(seq_len - window, 0)
+        seq_first, seq_tiles, from_tile, to_tile, first_token = share_of_sequence(
+            seq_len, seq_start, tile, end_tile, window, BLOCK_N, WINDOW
+        )
         table = block_table_ptr + seq * stride_table_row.to(tl.int64)
         last_page = (tl.maximum(seq_len, 1) - 1) // PAGE
         begin = seq_first + from_tile
         end = seq_first + to_tile
-        if PAGE >= BLOCK_N:
-            next_page = tl.load(table + begin * BLOCK_N // PAGE)
-        else:
-            next_page = tl.load(table + tl.minimum((begin * BLOCK_N + slots) // PAGE, last_page))
+        next_page = first_page(table, begin * BLOCK_N, slots, last_page, PAGE, BLOCK_N)
         q_rows = q_ptr + seq * stride_q_batch.to(tl.int64) + (kv_head * G + heads)[None, :] * stride_q_head
         q0, q1, q2, q3, start0, start1, start2, start3 = _query(q_rows, PLANE, head_ok)
         if SECTIONS == 2:
@@ -203,25 +193,16 @@ def attend_int4(
         for t in tl.range(begin, end, num_stages=STAGES):
             token = t * BLOCK_N
             page = next_page
-            if PAGE >= BLOCK_N:  # the page of the next tile is fetched one tile ahead
-                next_page = tl.load(table + tl.minimum((token + BLOCK_N) // PAGE, last_page))
-                in_page = token % PAGE
-            else:
-                next_page = tl.load(table + tl.minimum((token + BLOCK_N + slots) // PAGE, last_page))
-                in_page = slots % PAGE
-            valid = slots < seq_len - token
-            if WINDOW:
-                valid = valid & (slots >= first_token - token)
-            k_unit = (page * stride_k_page + in_page * stride_k_token + kv_head * stride_k_head).to(tl.int64) * 8
-            v_unit = (page * stride_v_page + in_page * stride_v_token + kv_head * stride_v_head).to(tl.int64) * 8
+            next_page = page_ahead(table, token, slots, last_page, PAGE, BLOCK_N)
+            in_page = slot_in_page(token, slots, PAGE, BLOCK_N)
+            valid = valid_slots(slots, token, seq_len, first_token, WINDOW)
+            k_row = page * stride_k_page + in_page * stride_k_token + kv_head * stride_k_head
+            v_row = page * stride_v_page + in_page * stride_v_token + kv_head * stride_v_head
             scale_row = page * stride_scale_page + in_page * stride_scale_token + kv_head * stride_scale_head
             if PAGE >= BLOCK_N:
-                k_at = k_ptr + k_unit + k_offsets
-                v_at = v_ptr + v_unit + v_offsets
                 scale_row += slots * stride_scale_token
-            else:
-                k_at = (k_ptr + k_unit)[:, None]
-                v_at = (v_ptr + v_unit)[None, :]
+            k_at = rows_at(k_ptr, k_row, k_offsets, 8, 1, PAGE, BLOCK_N)
+            v_at = rows_at(v_ptr, v_row, v_offsets, 8, 0, PAGE, BLOCK_N)
             scale_row *= SECTIONS
             k = tl.load(k_at + words[None, :])
             scales = tl.load(k_scale_ptr + scale_row)
@@ -232,7 +213,7 @@ def attend_int4(
                 logits += _logits(k, scales, q4, q5, q6, q7, start4, start5, start6, start7, UNPACK)
             logits *= logit_scale
             if SOFT_CAP:
-                logits = soft_cap - 2.0 * soft_cap / (1.0 + tl.exp2(logits * (2.8853900817779268 / soft_cap)))
+                logits = cap_logits(logits, soft_cap)
             logits = tl.where(valid[:, None], logits, float("-inf"))
             new_peak = tl.maximum(peak, tl.max(logits, 0))
             decay = tl.exp2(peak - new_peak)

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from ..decode_attention.join import join_pieces, piece_of
 from ..decode_attention.kernel import MIN_TILES, OFFSET, product
-from ..schedule import cut_batch, sequence_tiles
+from ..schedule import chunk_of_program, cut_batch, share_of_sequence
 from ..unpack import unpack_pairs
 
 
@@ -126,8 +126,7 @@ def attend_latent(
     EXACT_DOT: tl.constexpr,
 ):
     """Attend to one chunk of tiles for one block of query heads; grid: num_chunks * HEAD_BLOCKS programs."""
-    head_block = tl.program_id(0) % HEAD_BLOCKS
-    chunk = tl.program_id(0) // HEAD_BLOCKS
+    chunk, head_block = chunk_of_program(num_chunks, HEAD_BLOCKS, True)
     total, chunks, tile, end_tile, first_seq, last_seq, seq_start = cut_batch(
         chunk, num_chunks, seq_lens_ptr, batch_size, 0, BLOCK_N, False, BATCH, MIN_TILES
     )
@@ -144,9 +143,7 @@ def attend_latent(
     logit_scale = scale_log2e * scale
     for seq in tl.range(first_seq, last_seq + 1, num_stages=1):
         seq_len = tl.load(seq_lens_ptr + seq)
-        seq_tiles = sequence_tiles(seq_len, 0, BLOCK_N, False)[1]
-        from_tile = tile - seq_start
-        to_tile = tl.minimum(end_tile - seq_start, seq_tiles)
+        _, seq_tiles, from_tile, to_tile, _ = share_of_sequence(seq_len, seq_start, tile, end_tile, 0, BLOCK_N, False)
         table = block_table_ptr + seq * stride_table_row.to(tl.int64)
         last_page = (tl.maximum(seq_len, 1) - 1) // PAGE
         q_at = q_ptr + seq * stride_q_batch.to(tl.int64) + (head_block * HEADS + heads) * 576
