@@ -68,7 +68,7 @@ def kvplan_cli(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
             patch.setattr(sys, "argv", ["kvplan", *words])
             patch.setattr(sys, "stdin", io.StringIO(stdin))
             patch.setenv("COLUMNS", str(width))
-            patch.setenv("TERMINAL_WIDTH", str(width))
+            patch.setattr("typer.rich_utils.MAX_WIDTH", width)  # read once a process from TERMINAL_WIDTH
             patch.setenv("NO_COLOR", "1")
             patch.setenv("_TYPER_FORCE_DISABLE_TERMINAL", "1")  # what ``main`` makes of it, taken back afterwards
             for name, value in (env or {}).items():

@@ -119,7 +119,7 @@ def _sglang(setup: Setup, kv_dtype: str, users: int | None) -> tuple[str | None,
     if kv_dtype not in SGLANG_KV:
         return None, [f"SGLang has no KV format {kv_dtype}; it takes auto, bf16, fp8_e4m3, fp8_e5m2 and fp4_e2m1"]
     if request.dcp_size > 1:
-        return None, ["SGLang has no decode context parallelism"]
+        return None, ["no launch line: how SGLang splits contexts among GPUs (--dcp-size of newer 0.5.x) was not read"]
     options = [
         ("--tp-size", _above_one(request.tp_size * (request.dp_size if request.ep else 1))),
         ("--pp-size", _above_one(request.pp_size)),
