@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import json
+import os
 import pkgutil
 import subprocess
 import sys
@@ -200,8 +201,12 @@ def test_a_strictly_typed_script_is_told_a_wrong_keyword(tmp_path: Path) -> None
         'print(kvplan.itl(model="70b", gpu="h100", context_tokens=8192).itl_s)\n'
         "kvplan.size(tp=4)\n"
     )
+    where = {
+        **os.environ,
+        "MYPYPATH": str(Path(__file__).parents[1]),
+    }  # mypy does not follow the import hook of an editable install
     done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--strict", "script.py"], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-m", "mypy", "--strict", "script.py"], cwd=tmp_path, capture_output=True, text=True, env=where
     )
     assert [line.partition(": error: ")[2] for line in done.stdout.splitlines() if "error: " in line] == [
         'Unexpected keyword argument "tp" for "size"  [call-arg]'
