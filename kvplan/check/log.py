@@ -24,7 +24,7 @@ from kvplan.check.log_lines import (
     TRTLLM,
     VLLM,
 )
-from kvplan.check.server import Event, Fact, ServerReport, Value, quote
+from kvplan.check.server import Event, Fact, ServerReport, Value, quote, settle_sglang
 from kvplan.errors import InputError
 from kvplan.units import GIB
 
@@ -44,6 +44,7 @@ _SMALLEST = ("kv_cache_bytes", "kv_cache_in_use_bytes", "conv_state_bytes", "ssm
 _LARGEST = ("weights_bytes", "weights_and_overhead_bytes", "activation_bytes", "overhead_bytes", "graph_bytes",
             "graph_estimate_bytes", "needed_kv_bytes")  # fmt: skip
 _FRACTIONS = ("gpu_memory_utilization", "max_concurrency", "hybrid_padding_percent")
+_SWITCHES = ("enable_prefix_caching", "prefix_caching_off", "attention_dp", "ep")
 _TEXTS = ("model", "kv_cache_dtype", "quantization", "dtype", "speculative", "engine_version", "gpu")
 
 
@@ -175,7 +176,7 @@ class _Reader:
             name, where = names.get(setting), f"{line}: {setting}={quote(printed)}"
             if name is None or printed in ("None", "null", "") or printed.endswith("("):
                 continue
-            if name in ("enable_prefix_caching", "ep"):
+            if name in _SWITCHES:
                 if printed in ("True", "False"):
                     self.facts[name] = Fact(printed == "True", where)
             elif name == "kv_cache_memory_bytes":
@@ -215,6 +216,8 @@ class _Reader:
             )
         engine = self.engines.most_common(1)[0][0]
         _combine(facts)
+        if engine == SGLANG:
+            settle_sglang(facts)
         notes = []
         if self.starts > 1:
             notes.append(f"the log holds {self.starts} starts; the last one is read")

@@ -12,7 +12,7 @@ from math import isfinite
 from typing import Any
 
 from kvplan.check.log_lines import SETTINGS, SGLANG
-from kvplan.check.server import Fact, ServerReport
+from kvplan.check.server import Fact, ServerReport, settle_sglang
 from kvplan.errors import InputError, shorten
 
 ITL = ("inter_token_latency_seconds", "time_per_output_token_seconds")
@@ -139,6 +139,8 @@ def report_of(source: str, last: Scrape, first: Scrape | None, models: Iterable[
         stated = about.get(setting)
         if isinstance(stated, str | int | float) and stated != "":
             facts[fact] = Fact(stated, f"server info {setting}")
+    if last.engine == SGLANG:
+        settle_sglang(facts)
     for entry in models:
         name = entry.get("root") or entry.get("id")
         if isinstance(name, str) and "model" not in facts:

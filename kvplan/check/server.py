@@ -90,3 +90,24 @@ class ServerReport:
 def quote(text: str) -> str:
     """A line from outside, as it may be shown: printable, and not too long."""
     return shorten(" ".join(text.split()), MAX_WHERE_CHARS)
+
+
+def settle_sglang(facts: dict[str, Fact]) -> None:
+    """Settings of SGLang in the terms of a sizing request, in place.
+
+    Its ``tp_size`` counts every rank, and with ``enable_dp_attention`` so does ``max_running_requests``
+    (``layers/dp_attention.py`` ``compute_dp_attention_world_info``); a request counts those of one replica.
+    """
+    off, attention_dp, ep_size = (facts.pop(name, None) for name in ("prefix_caching_off", "attention_dp", "ep_size"))
+    if off is not None:
+        facts["enable_prefix_caching"] = Fact(not off.value, off.where)
+    replicas = facts.get("dp_size")
+    alone = replicas is None or replicas.number <= 1
+    if attention_dp is not None and attention_dp.value and replicas is not None and not alone:
+        for name in ("tp_size", "max_num_seqs"):
+            if (whole := facts.get(name)) is not None:
+                each = max(int(whole.number / replicas.number), 1)
+                facts[name] = Fact(each, f"{whole.where}, of dp_size={replicas.value}")
+        facts["ep"] = attention_dp
+    elif ep_size is not None and ep_size.number > 1 and alone:
+        facts["ep"] = Fact(True, ep_size.where)

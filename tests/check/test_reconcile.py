@@ -311,6 +311,23 @@ def test_hub_ids_paths_and_cache_folders_find_the_model_they_name() -> None:
     assert "--model" in (error.value.hint or "")
 
 
+def test_sglangs_attention_over_data_parallel_ranks_is_planned_on_its_own_gpus() -> None:
+    """``tp_size`` counts all eight: each holds the attention of one replica and an eighth of the experts."""
+    text = (
+        "[2025-07-14 05:49:03] server_args=ServerArgs(model_path='deepseek-ai/DeepSeek-V3', tp_size=8, dp_size=8, "
+        "enable_dp_attention=True, ep_size=8, mem_fraction_static=0.758, chunked_prefill_size=2048, "
+        "disable_radix_cache=True, max_running_requests=1024, context_length=8192)\n"
+        "[2025-07-14 05:49:03 TP0] Load weight end. type=DeepseekV3ForCausalLM, avail mem=44 GB, mem usage=94.2 GB.\n"
+    )
+    result = held(text, gpu="h200")
+    request = result.plan.request
+    assert (request.tp_size, request.dp_size, request.ep, result.plan.answers.num_gpus) == (1, 8, True, 8)
+    assert (request.enable_prefix_caching, request.max_num_batched_tokens, request.max_num_seqs) == (False, 2048, 128)
+    assert term(result, "weights_bytes").verdict == "agrees"
+    replicas = held(text.replace("enable_dp_attention=True", "enable_dp_attention=False"), gpu="h200").plan.request
+    assert (replicas.tp_size, replicas.dp_size, replicas.ep, replicas.max_num_seqs) == (8, 8, False, 1024)
+
+
 def test_sglang_and_tensorrt_llm_are_held_within_the_tolerance() -> None:
     """Qwen3-8B: 36 layers × 8 heads × 128 × 2 × 2 B = 147,456 B a token; 5.24 GiB are 38,156 tokens."""
     sglang = (

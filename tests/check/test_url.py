@@ -143,12 +143,14 @@ def test_sglang_reports_tokens_and_page_size() -> None:
         b'# TYPE sglang:page_size gauge\nsglang:page_size{model_name="llama-3.1-8b"} 1.0\n'
     )
     info = (
-        b'{"version": "0.5.3", "model_path": "llama-3.1-8b", "tp_size": 1, "mem_fraction_static": 0.9, "dtype": "auto"}'
+        b'{"version": "0.5.3", "model_path": "llama-3.1-8b", "tp_size": 2, "mem_fraction_static": 0.9, "dtype": "auto",'
+        b'"dp_size": 2, "enable_dp_attention": true, "disable_radix_cache": true}'
     )
     result = check({"/metrics": Answer(text), "/get_server_info": Answer(info, content_type="application/json")})
     assert result.report.engine == "sglang"
     assert term(result, "capacity_tokens").observed == 450000
     assert (result.plan.request.tp_size, result.plan.request.gpu_memory_utilization) == (1, 0.9)
+    assert (result.plan.request.dp_size, result.plan.request.enable_prefix_caching) == (2, False)
     assert result.report.value("engine_version") == "0.5.3"
 
 
