@@ -74,11 +74,18 @@ def _above_one(count: int) -> int | None:
     return count if count > 1 else None
 
 
+def _attention_dp(setup: Setup) -> int:
+    """Data-parallel ranks that one server spans because they share the experts; 1 where each is a replica."""
+    shares = setup.request.ep or (setup.engine.experts_span_dp and setup.model.is_moe)
+    return setup.request.dp_size if shares else 1
+
+
 def _fraction(setup: Setup, engine: str) -> float:
-    """The planned fraction on the planned engine, the other engine's own default elsewhere."""
+    """The planned fraction on the planned engine, elsewhere the other engine's default for what its line says."""
     if setup.engine.name == engine:
         return setup.fraction
-    options = replace(setup.options, version=None, batched_tokens=0)
+    chunk, spans = setup.request.max_num_batched_tokens or 0, _attention_dp(setup) > 1
+    options = replace(setup.options, version=None, batched_tokens=chunk, ep=setup.request.ep or spans)
     return ENGINES[engine].default_fraction(setup.model, options).value
 
 
@@ -120,14 +127,15 @@ def _sglang(setup: Setup, kv_dtype: str, users: int | None) -> tuple[str | None,
         return None, [f"SGLang has no KV format {kv_dtype}; it takes auto, bf16, fp8_e4m3, fp8_e5m2 and fp4_e2m1"]
     if request.dcp_size > 1:
         return None, ["no launch line: how SGLang splits contexts among GPUs (--dcp-size of newer 0.5.x) was not read"]
+    ranks, limit = _attention_dp(setup), request.max_num_seqs or users
     options = [
-        ("--tp-size", _above_one(request.tp_size * (request.dp_size if request.ep else 1))),
+        ("--tp-size", _above_one(request.tp_size * ranks)),
         ("--pp-size", _above_one(request.pp_size)),
         ("--dp-size", _above_one(request.dp_size)),
-        ("--enable-dp-attention", True if request.ep and request.dp_size > 1 else None),
-        ("--ep-size", request.tp_size * request.dp_size if request.ep else None),
+        ("--enable-dp-attention", True if ranks > 1 else None),
+        ("--ep-size", request.tp_size * ranks if request.ep else None),
         ("--context-length", setup.max_model_len_tokens),
-        ("--max-running-requests", users if request.max_num_seqs is None else request.max_num_seqs),
+        ("--max-running-requests", limit and limit * ranks),  # attention ranks share it, replicas have it each
         ("--kv-cache-dtype", SGLANG_KV[kv_dtype]),
         ("--page-size", request.block_size_tokens),
         ("--chunked-prefill-size", request.max_num_batched_tokens),
@@ -141,14 +149,15 @@ def _tensorrt_llm(setup: Setup, kv_dtype: str, users: int | None) -> tuple[str |
     request = setup.request
     if kv_dtype not in TRTLLM_KV:
         return None, [f"TensorRT-LLM has no KV format {kv_dtype}; it takes auto, fp8 and nvfp4"]
-    if request.dcp_size > 1 or (request.dp_size > 1 and not request.ep):
+    ranks = _attention_dp(setup)
+    if request.dcp_size > 1 or request.dp_size > ranks:
         return None, ["one trtllm-serve runs one replica; start one for each, without context parallelism"]
     notes, config = [], None
-    if TRTLLM_KV[kv_dtype] != "auto" or request.dp_size > 1:
+    if TRTLLM_KV[kv_dtype] != "auto" or ranks > 1:
         config = "kvplan-trtllm.yaml"
-        attention_dp = "enable_attention_dp: true, " if request.dp_size > 1 else ""
+        attention_dp = "enable_attention_dp: true, " if ranks > 1 else ""
         notes.append(f"{config} holds: {{{attention_dp}kv_cache_config: {{dtype: {TRTLLM_KV[kv_dtype]}}}}}")
-    gpus = request.tp_size * request.dp_size
+    gpus = request.tp_size * ranks
     options = [
         ("--tp_size", _above_one(gpus)),
         ("--pp_size", _above_one(request.pp_size)),

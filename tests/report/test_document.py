@@ -393,6 +393,39 @@ def test_launch_commands_quote_what_a_shell_would_read_and_say_what_the_plan_tak
         assert "the plan takes weights stored as fp8: serve such a checkpoint" in item.notes
 
 
+def launched(engine: str, **question: Any) -> str:
+    launch = kvplan.report(**{"context_tokens": "8k", "date": DATE, **question}).launch
+    return next(item.command for item in launch if item.engine == engine) or ""
+
+
+def test_a_line_of_another_engine_has_the_fraction_of_its_own_chunk() -> None:
+    """SGLang sets aside 1.5 MiB a token of a chunked prefill: 36 GiB more for 32,768 than for the 8,192 of its own."""
+    asked: dict[str, Any] = {"model": "8b", "gpu": "h200", "max_num_batched_tokens": 32_768}
+    fraction = kvplan.size(**asked, engine="sglang", context_tokens="8k").request.gpu_memory_utilization or 0
+    assert fraction == pytest.approx(0.903 - 36 / 140, abs=0.02)
+    assert launched("sglang", **asked).endswith(f"--chunked-prefill-size 32768 --mem-fraction-static {fraction:g}")
+    assert launched("sglang", model="8b", gpu="h200").endswith("--mem-fraction-static 0.903")
+
+
+def test_ranks_that_share_experts_are_one_server_of_every_engine() -> None:
+    """vLLM deals experts over data-parallel ranks unasked; SGLang shares its limit of requests among such ranks."""
+    asked: dict[str, Any] = {"model": "deepseek-v3", "gpu": "h200", "dp_size": 8, "concurrency": 64}
+    shared = launched("sglang", **asked)
+    assert " --tp-size 8 --dp-size 8 --enable-dp-attention --context-length" in shared
+    assert " --max-running-requests 64 " in shared and "--ep-size" not in shared
+    own = kvplan.size(model="deepseek-v3", gpu="h200", dp_size=8, ep=True, engine="sglang", context_tokens="8k")
+    assert f"--mem-fraction-static {own.request.gpu_memory_utilization:g}" in shared
+    assert " --tp_size 8 --max_seq_len" in launched("tensorrt-llm", **asked)
+    assert "--ep-size 8 " in launched("sglang", **asked, ep=True)
+    assert " --max-running-requests 2048 " in launched("sglang", **asked, ep=True, max_num_seqs=256)
+
+
+def test_replicas_are_started_with_a_limit_each() -> None:
+    asked: dict[str, Any] = {"model": "8b", "gpu": "h200", "dp_size": 8, "concurrency": 64}
+    assert " --dp-size 8 --context-length 8192 --max-running-requests 8 " in launched("sglang", **asked)
+    assert launched("tensorrt-llm", **asked) == ""
+
+
 def test_an_engine_without_the_format_has_no_command_but_a_reason() -> None:
     report = kvplan.report(**{**CHAT, "kv_cache_dtype": "fp8_per_token_head"})
     commands = {item.engine: item for item in report.launch}
