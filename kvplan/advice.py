@@ -81,7 +81,7 @@ def _what_would_fit(setup: Setup, plan: CachePlan, answer: SizePlan) -> str:
     """DCP over the same GPUs, the smallest larger TP, and the KV formats, under which the request fits."""
     options = []
     copies = _copies(plan)
-    if copies > 1 and _fits_with(setup, dcp_size=plan.dcp_size * copies):
+    if copies > 1 and setup.engine.splits_contexts and _fits_with(setup, dcp_size=plan.dcp_size * copies):
         options.append(f"--dcp {plan.dcp_size * copies}")
     larger = (tp for tp in (2, 4, 8, 16) if tp > setup.options.tp_size and _fits_with(setup, tp_size=tp))
     options += [f"--tp {tp}" for tp in itertools.islice(larger, 1)]
@@ -184,15 +184,24 @@ def _replication(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[Ad
     times = "twice" if copies == 2 else f"{copies} times"
     heads = "" if latent else f" on {_kv_heads(setup)} KV heads"
     base = f"TP {setup.options.tp_size}{heads} stores {what} {times}"
-    try:
-        other = cache_plan(replace(setup, options=replace(setup.options, dcp_size=plan.dcp_size * copies)))
-    except KvplanError:
+    other = _sharded(setup, plan.dcp_size * copies)
+    if other is None:
         yield Advice(code="replicated_heads", message=f"{base}; data-parallel attention would not")
         return
     now, then = plan.bytes_per_request(setup.context_tokens), other.bytes_per_request(setup.context_tokens)
     gain = now / then
     yield Advice(code="replicated_heads", gain=gain,
                  message=f"{base}: DCP {plan.dcp_size * copies} wins {format_ratio(gain)} capacity")  # fmt: skip
+
+
+def _sharded(setup: Setup, dcp_size: int) -> CachePlan | None:
+    """The cache under decode context parallelism; None where the engine has none, or its rules were not read."""
+    if not setup.engine.splits_contexts:
+        return None
+    try:
+        return cache_plan(replace(setup, options=replace(setup.options, dcp_size=dcp_size)))
+    except KvplanError:
+        return None
 
 
 def _kv_heads(setup: Setup) -> int:

@@ -304,6 +304,16 @@ def test_what_would_fit_on_the_same_gpus_comes_before_more_of_them(kvplan_cli: C
     assert kvplan_cli(*question, "--dcp", "2", "--json").json["fits"] is True
 
 
+@pytest.mark.parametrize("engine", ["sglang", "tensorrt-llm"])
+def test_context_parallelism_is_not_advised_where_its_rules_were_not_read(kvplan_cli: Cli, engine: str) -> None:
+    question = ["--model", "qwen3-235b-a22b", "--gpu", "h100", "--tp", "8", "--ctx", "32k", "--engine", engine]
+    said = kvplan_cli("size", *question, "--batch", "20", "--json").out
+    assert "it would fit with --tp 16" in said and "stores every KV head twice; data-parallel attention" in said
+    report = kvplan_cli("report", *question, "--concurrency", "20").out
+    assert "more ranks than KV heads" in report
+    assert "--dcp" not in said + report and "DCP" not in said + report and "context parallel" not in report
+
+
 def test_missing_hardware_ends_with_4(kvplan_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert "--gpu-memory 80GiB" in assert_one_line(kvplan_cli("size", "--model", "8b", "--gpu", "local"), 4)

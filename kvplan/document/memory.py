@@ -175,7 +175,8 @@ def _remedies(setup: Setup, cache: CachePlan, name: str) -> list[Remedy]:
         copies = min((run.page.num_copies for g in cache.groups for run in g.runs if run.page.kind != "state"),
                      default=1) // cache.dcp_size  # fmt: skip
         dcp, tp = cache.dcp_size * copies, request.tp_size // max(copies, 1)
-        found = [Remedy(f"decode context parallel {dcp} (--dcp {dcp})", {"dcp_size": dcp})]
+        words = f"decode context parallel {dcp} (--dcp {dcp})"
+        found = [Remedy(words, {"dcp_size": dcp})] if setup.engine.splits_contexts else []
         if tp >= 1 and copies > 1:
             dp = request.dp_size * copies
             found.append(Remedy(f"TP {tp} × {dp} replicas (--tp {tp} --dp {dp})", {"tp_size": tp, "dp_size": dp}))

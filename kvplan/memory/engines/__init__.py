@@ -29,6 +29,7 @@ class Engine:
             KV gets fraction × what is free after everything else).
         default_fraction: for a model and options, with its derivation where there is one.
         kept_share: what of the fraction, a given one too, the engine really takes.
+        splits_contexts: its decode context parallelism is among the rules that were read, so that it may be advised.
         default_batched_tokens: tokens of a step unless told, for a GPU and version; None where they are vLLM's.
         fraction_flag: the engine's own option.
         exact: whether the rules reproduce the engine's allocator.
@@ -51,6 +52,7 @@ class Engine:
     exact: bool
     default_num_seqs: Callable[[GpuSpec | None, tuple[int, ...]], int | None] = lambda gpu, version: None
     experts_span_dp: bool = False
+    splits_contexts: bool = False
     default_batched_tokens: Callable[[GpuSpec | None, tuple[int, ...]], int] | None = None
     derived_num_seqs: Callable[[CachePlan, int, int], tuple[int, str, str]] | None = None
     kept_share: Callable[[ModelConfig, EngineOptions], float] = lambda model, options: 1.0
@@ -124,14 +126,15 @@ ENGINES: dict[str, Engine] = {
     engine.name: engine
     for engine in (
         Engine("vllm", "0.33", _vllm_plan, "total", _vllm_fraction, "--gpu-memory-utilization",
-               "vllm/config/cache.py", True, _vllm_num_seqs, experts_span_dp=True),
+               "vllm/config/cache.py", True, _vllm_num_seqs, experts_span_dp=True,
+               splits_contexts=True),
         Engine("sglang", "0.5", _sglang_plan, "static", _sglang_fraction, "--mem-fraction-static",
                "sglang/srt", False, default_batched_tokens=_sglang_batched, derived_num_seqs=_sglang_num_seqs,
                kept_share=_sglang_share),
         Engine("tensorrt-llm", "1.3", _tensorrt_llm_plan, "free", _constant(0.9), "free_gpu_memory_fraction",
                "tensorrt_llm/llmapi/llm_args.py KvCacheConfig", False),
         Engine("generic", "1", _generic_plan, "total", _constant(0.9), "--gpu-memory-utilization",
-               "kvplan's own convention", False),
+               "kvplan's own convention", False, splits_contexts=True),
     )
 }  # fmt: skip
 ALIASES = {"trtllm": "tensorrt-llm", "trt-llm": "tensorrt-llm", "tensorrt_llm": "tensorrt-llm", "sgl": "sglang"}
