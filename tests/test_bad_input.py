@@ -244,6 +244,14 @@ def test_a_report_of_several_contexts_is_refused_with_what_takes_them(kvplan_cli
     assert "this command plans one (write --ctx 32k; `kvplan size` and `kvplan itl` take lists and ranges)" in line
 
 
+@pytest.mark.parametrize("option", [("--max-model-len", "1k..4k"), ("--max-num-batched-tokens", "8k,16k")])
+def test_several_values_of_an_option_that_no_command_takes_lists_of_point_nowhere_else(
+    kvplan_cli: Cli, option: tuple[str, str]
+) -> None:
+    line = assert_one_line(kvplan_cli("size", "--model", "8b", *option))
+    assert line.rstrip().endswith(f"this command plans one (write {option[0]} 32k)")
+
+
 @pytest.mark.parametrize("command", ["size", "itl"])
 def test_a_range_of_contexts_doubles_and_has_both_ends(kvplan_cli: Cli, command: str) -> None:
     ran = kvplan_cli(command, "--model", "8b", "--gpu", "h100", "--ctx", "1k,2k..12k", "--json").json

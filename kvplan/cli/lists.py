@@ -98,8 +98,9 @@ def tokens(text: str | None, flag: str) -> int | None:
 
     """
     if text is not None and (".." in text or len(words(text)) > 1) and not GROUPED.fullmatch(text.strip()):
+        lists = "; `kvplan size` and `kvplan itl` take lists and ranges" if flag == "--ctx" else ""
         raise InputError(f"{flag} {shorten(text, 30)!r} is several values, and this command plans one",
-                         hint=f"write {flag} 32k; `kvplan size` and `kvplan itl` take lists and ranges")  # fmt: skip
+                         hint=f"write {flag} 32k{lists}")  # fmt: skip
     return None if text is None else parse_tokens(text, flag)
 
 
