@@ -18,8 +18,7 @@ def main(model: str = "llama-3.1-70b", context: str = "32k", users: str = "64") 
         print(f"{users} users of {model} at {plan.answers.context_tokens:,} tokens, {dtype} KV: {needed}")
         fitting = [row for row in plan.gpus if row.num_gpus is not None]
         for row in sorted(fitting, key=lambda row: row.num_gpus * row.memory_bytes):
-            layout = f"TP {row.smallest_tp_size} × {row.num_replicas}"
-            print(f"  {row.num_gpus:>3} × {row.display_name:<55} {layout:<10} holds {row.max_batch_at_context:,}")
+            print(f"  {row.num_gpus:>3} × {row.display_name:<55} {row.layout:<10} holds {row.max_batch_at_context:,}")
 
 
 if __name__ == "__main__":

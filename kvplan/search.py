@@ -6,8 +6,9 @@ when no GPU was named, the fewest of each GPU that hold what was asked for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from math import gcd
 from typing import Any
 
 from kvplan.advice import advise
@@ -123,25 +124,29 @@ def _format_row(setup: Setup, name: str, plan: CachePlan, available: int | None,
 
 def smallest_on_each_gpu(setup: Setup) -> tuple[GpuRow, ...]:
     """For every bundled GPU, the fewest that hold the weights and the KV asked for, as TP and replicas."""
-    weights: dict[int, WeightBytes | None] = {}
+    weights: dict[tuple[int, int], WeightBytes | None] = {}
     plans: dict[Any, CachePlan] = {}
     return tuple(_fewest(setup, name, weights, plans) for name in gpu_names())
 
 
-def _fewest(setup: Setup, name: str, weights: dict[int, WeightBytes | None], plans: dict[Any, CachePlan]) -> GpuRow:
-    """One row; ``weights`` remembers the weights at each TP size, which do not depend on the GPU, and ``plans`` the
-    caches, which depend on its vendor and architecture only.
+def _fewest(
+    setup: Setup, name: str, weights: dict[tuple[int, int], WeightBytes | None], plans: dict[Any, CachePlan]
+) -> GpuRow:
+    """One row; ``weights`` remembers the weights at each (TP, DP) size, which do not depend on the GPU, and ``plans``
+    the caches, which depend on its vendor and architecture only.
 
-    Each TP size takes as many replicas as the batch needs; the fewest GPUs win, and among equals the larger TP.
+    Each layout takes as many servers as the batch needs; the fewest GPUs win, and among equals the larger TP.
     """
     gpu = load_gpu(name)
     row = GpuRow(gpu=name, display_name=gpu.display_name, memory_bytes=gpu.memory_bytes, smallest_tp_size=None)
-    reason = f"one request does not fit on {TP_SIZES[-1]} GPUs"
+    layouts = list(_layouts(setup))
+    reason = f"one request does not fit on {max(tp * dp for tp, dp in layouts) * setup.request.pp_size} GPUs"
     best: GpuRow | None = None
-    for tp in TP_SIZES:
-        if best is not None and tp * setup.request.pp_size > (best.num_gpus or 0):
-            break  # more GPUs with one replica already
-        request = replace(setup.request, gpu=name, tp_size=tp, dp_size=1, gpu_memory_bytes=None)
+    for tp, dp in layouts:
+        gpus_each = tp * setup.request.pp_size * dp
+        if best is not None and gpus_each > (best.num_gpus or 0):
+            continue  # more GPUs with one server already
+        request = replace(setup.request, gpu=name, tp_size=tp, dp_size=dp, gpu_memory_bytes=None)
         try:
             candidate = set_up(request)
             key = (gpu.vendor, gpu.architecture, replace(candidate.options, gpu=None))
@@ -151,19 +156,33 @@ def _fewest(setup: Setup, name: str, weights: dict[int, WeightBytes | None], pla
             continue
         except InputError:
             continue
-        if tp not in weights:
-            weights[tp] = weights_of(candidate)
-        available = budget_of(candidate, weights[tp]).kv_bytes
+        if (tp, dp) not in weights:
+            weights[tp, dp] = weights_of(candidate)
+        available = budget_of(candidate, weights[tp, dp]).kv_bytes
         if available is None:
             return replace(row, reason="weights unknown: give --params")
         held = candidate.at_once(plan.max_batch(available, candidate.context_tokens))
         if not held or not plan.fits_one(available, candidate.max_model_len_tokens):
             continue
-        replicas = max(-(-(setup.request.batch_size or 1) // held), setup.request.dp_size)
-        num_gpus = tp * request.pp_size * replicas
+        servers = max(-(-(setup.request.batch_size or 1) // (held * dp)), -(-setup.request.dp_size // dp))
+        num_gpus = gpus_each * servers
         if best is None or num_gpus <= (best.num_gpus or 0):
-            best = replace(row, smallest_tp_size=tp, num_replicas=replicas, num_gpus=num_gpus, kv_cache_bytes=available,
-                           max_batch_at_context=held * replicas)  # fmt: skip
+            best = replace(row, smallest_tp_size=tp, dp_size=dp, num_replicas=dp * servers, num_gpus=num_gpus,
+                           kv_cache_bytes=available, max_batch_at_context=held * dp * servers)  # fmt: skip
     if best is not None and (best.num_gpus or 0) > MAX_GPUS:
         return replace(row, reason=f"more than {MAX_GPUS} GPUs")
     return best or replace(row, reason=reason)
+
+
+def _layouts(setup: Setup) -> Iterator[tuple[int, int]]:
+    """(TP, DP) sizes of one server: DP is 1, or, where replicas share the experts, what splits these evenly."""
+    asked, ep = setup.request.dp_size, setup.request.ep
+    experts = [w for layer in setup.model.layers for w in layer.weights if w.role == "expert" and len(w.shape) == 2]
+    parts = gcd(*(w.copies if ep else w.shape[w.name.endswith("down_proj")] for w in experts))
+    most = MAX_GPUS // setup.request.pp_size
+    for tp in TP_SIZES:
+        if not setup.shares_experts:
+            yield tp, 1
+            continue
+        yield tp, asked
+        yield from ((tp, dp) for dp in range(asked + 1, most // tp + 1) if parts % (tp * dp) == 0)

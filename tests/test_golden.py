@@ -105,6 +105,28 @@ def test_without_a_gpu_every_gpu_gets_its_smallest_tp() -> None:
     assert answer.fits is None
 
 
+@pytest.mark.parametrize(("asked", "least"), [({"batch_size": 400}, 8), ({"dp_size": 8}, 8), ({"dp_size": 3}, 6)])
+def test_the_fewest_gpus_of_a_model_whose_replicas_share_experts_are_what_a_plan_of_that_layout_says(
+    asked: dict[str, int], least: int
+) -> None:
+    # 671 GB of FP8 weights, nearly all experts: one replica takes 5 GPUs of 150 GB, eight that share them hold 1/8 each
+    request = {"model": "deepseek-v3", "context_tokens": 8192, **asked}
+    row = next(row for row in kvplan.size(**request).gpus if row.gpu == "h200")
+    assert row.num_gpus == least
+    assert row.dp_size == row.num_replicas == row.num_gpus // row.smallest_tp_size
+    plan = kvplan.size(**request | {"gpu": "h200", "tp_size": row.smallest_tp_size, "dp_size": row.dp_size})
+    assert plan.fits
+    assert plan.answers.max_batch_at_context == row.max_batch_at_context
+    assert plan.memory.kv_cache_bytes == row.kv_cache_bytes
+
+
+def test_replicas_that_share_experts_are_as_many_as_split_these_evenly() -> None:
+    # experts are 2,048 wide: on 80 GB no 12 or 13 GPUs, though their memory would do
+    rows = kvplan.size(model="deepseek-v3", context_tokens=8192, dp_size=4).gpus
+    row = next(row for row in rows if row.gpu == "h100-sxm")
+    assert row.layout == "TP 4, DP 4"
+
+
 # ------------------------------------------------------------------------------------------------ parallelism
 
 

@@ -157,17 +157,27 @@ class FormatRow:
 
 @dataclass(frozen=True, slots=True)
 class GpuRow:
-    """One GPU profile: the fewest of its GPUs that hold the weights and the KV asked for, and how they are laid out."""
+    """One GPU profile: the fewest of its GPUs that hold the weights and the KV asked for, and how they are laid out.
+
+    ``num_replicas`` is over all servers; ``dp_size`` of them share the experts of one server (1 elsewhere).
+    """
 
     gpu: str
     display_name: str
     memory_bytes: int
     smallest_tp_size: int | None
+    dp_size: int | None = None
     num_replicas: int | None = None
     num_gpus: int | None = None
     kv_cache_bytes: int | None = None
     max_batch_at_context: int | None = None
     reason: str | None = None
+
+    @property
+    def layout(self) -> str:
+        """TP and DP of one server, and how many servers: ``TP 8``, ``TP 4 × 3``, ``TP 1, DP 8 × 2``."""
+        shared, servers = self.dp_size or 1, (self.num_replicas or 1) // (self.dp_size or 1)
+        return f"TP {self.smallest_tp_size}" + f", DP {shared}" * (shared > 1) + f" × {servers}" * (servers > 1)
 
 
 @dataclass(frozen=True, slots=True)

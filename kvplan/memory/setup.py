@@ -50,10 +50,14 @@ class Setup:
         return self.request.dp_size
 
     @property
+    def shares_experts(self) -> bool:
+        """Whether data-parallel replicas of the model would share its experts."""
+        return self.model.is_moe and (self.request.ep or self.engine.experts_span_dp)
+
+    @property
     def expert_ranks(self) -> int:
         """Ranks that share the experts, whole or in parts."""
-        spread = self.request.ep or self.engine.experts_span_dp
-        return self.request.tp_size * (self.request.dp_size if spread else 1)
+        return self.request.tp_size * (self.request.dp_size if self.shares_experts else 1)
 
     @property
     def batch_per_replica(self) -> int:

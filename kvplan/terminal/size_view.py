@@ -236,9 +236,8 @@ def _gpus(console: Console, plan: SizePlan) -> None:
         if row.smallest_tp_size is None:
             misfits.append(row)
             continue
-        layout = f"TP {row.smallest_tp_size}" + (f" × {row.num_replicas}" if (row.num_replicas or 1) > 1 else "")
-        add_row(table, row.gpu, format_gib(row.memory_bytes), f"{row.num_gpus}", layout, format_gib(row.kv_cache_bytes),
-                f"{row.max_batch_at_context:,}")  # fmt: skip
+        add_row(table, row.gpu, format_gib(row.memory_bytes), f"{row.num_gpus}", row.layout,
+                format_gib(row.kv_cache_bytes), f"{row.max_batch_at_context:,}")  # fmt: skip
     if len(misfits) < len(plan.gpus):
         console.print(table)
     reasons: dict[str, list[str]] = {}
