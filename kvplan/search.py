@@ -82,7 +82,10 @@ def compared_formats(setup: Setup, asked: str) -> list[str]:
 
 
 def compare_formats(setup: Setup, names: Sequence[str], available: int | None) -> tuple[FormatRow, ...]:
-    """A row for each format of ``names``, against the first of 16 bits that the engine takes."""
+    """A row for each format of ``names``, against the first of 16 bits that the engine takes.
+
+    A format that the engine may not run on this GPU counts as ruled out, unless it is the one asked for.
+    """
     baseline: int | None = None
     rows = []
     for name in names:
@@ -90,6 +93,9 @@ def compare_formats(setup: Setup, names: Sequence[str], available: int | None) -
             plan = cache_plan(with_format(setup, name))
         except UnsupportedError as error:
             rows.append(FormatRow(kv_cache_dtype=name, forbidden=_short_reason(error)))
+            continue
+        if plan.doubt is not None and name != setup.options.kv_cache_dtype:
+            rows.append(FormatRow(kv_cache_dtype=name, forbidden=plan.doubt))
             continue
         if kv_format(name).key_bits == 16 and baseline is None:
             baseline = plan.bytes_per_request(setup.context_tokens)

@@ -660,7 +660,20 @@ def test_a_pipeline_stage_captures_graphs_of_its_own_layers() -> None:
 def test_rules_that_do_not_tell_gpus_apart_say_so_of_nvfp4(engine: str) -> None:
     asked: dict[str, Any] = {"model": "8b", "engine": engine, "context_tokens": 8192, "kv_cache_dtype": "nvfp4"}
     said = {
-        gpu: any("is not known here" in advice.message for advice in kvplan.size(gpu=gpu, **asked).advice)
+        gpu: any("is not known to run" in advice.message for advice in kvplan.size(gpu=gpu, **asked).advice)
         for gpu in ("h100", "b200")
     }
     assert said == {"h100": True, "b200": False}
+
+
+@pytest.mark.parametrize(("engine", "gpu"), [("sglang", "h100"), ("sglang", "mi300x"), ("tensorrt-llm", "h100")])
+def test_a_format_that_may_not_run_is_no_remedy_and_its_row_says_why(engine: str, gpu: str) -> None:
+    asked: dict[str, Any] = {"model": "8b", "engine": engine, "gpu": gpu, "context_tokens": 8192}
+    held = {row.kv_cache_dtype: row.max_batch_at_context or 0 for row in kvplan.size(**asked).comparison}
+    plan = kvplan.size(**asked, batch_size=held["fp8"] + 1)
+    message = next(advice.message for advice in plan.advice if advice.code == "does_not_fit")
+    assert "it would fit with --tp" in message and "nvfp4" not in message
+    row = next(row for row in plan.comparison if row.kv_cache_dtype == "nvfp4")
+    assert row.forbidden is not None and "not known to run" in row.forbidden
+    chosen = kvplan.size(**asked, kv_cache_dtype="nvfp4").comparison
+    assert next(row for row in chosen if row.kv_cache_dtype == "nvfp4").forbidden is None

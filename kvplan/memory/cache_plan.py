@@ -45,6 +45,7 @@ class CachePlan:
         tokens_in_flight: F, tokens scheduled and not settled.
         rules: (what, formula with numbers, engine file) for ``--explain``.
         warnings: what the engine does silently.
+        doubt: why it is not known whether the engine runs the format on this GPU; None where it is.
 
     """
 
@@ -64,6 +65,7 @@ class CachePlan:
     packed_multiple_bytes: int = 1
     rules: tuple[tuple[str, str, str], ...] = ()
     warnings: tuple[str, ...] = ()
+    doubt: str | None = None
     notes: tuple[str, ...] = field(default_factory=tuple)
 
     @cached_property

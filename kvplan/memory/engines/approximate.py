@@ -88,6 +88,7 @@ def plan_cache(rules: Rules, model: ModelConfig, options: EngineOptions) -> Cach
         dcp_size=options.dcp_size,
         rules=(("block size", f"{block} tokens", rules.source),),
         warnings=tuple(_warnings(rules, fmt, options)),
+        doubt=_doubt(rules, fmt, options),
     )
 
 
@@ -95,9 +96,15 @@ def _warnings(rules: Rules, fmt: KvFormat, options: EngineOptions) -> Iterator[s
     asked = ".".join(map(str, options.version or ()))
     if asked and not _is_of(asked, rules.version):
         yield f"no rules were read for {rules.name} {asked}: those of {rules.version} are used"
+    if (doubt := _doubt(rules, fmt, options)) is not None:
+        yield f"{fmt.name} KV is {doubt}"
+
+
+def _doubt(rules: Rules, fmt: KvFormat, options: EngineOptions) -> str | None:
     gpu = options.gpu
-    if rules.formats is not None and fmt.name.startswith("nvfp4") and gpu is not None and not options.is_sm100_family:
-        yield f"whether {rules.name} runs {fmt.name} KV on {gpu.display_name} is not known here: it is made for sm100"
+    if rules.formats is None or gpu is None or options.is_sm100_family or not fmt.name.startswith("nvfp4"):
+        return None
+    return f"not known to run with {rules.name} on {gpu.display_name}: it is made for sm100"
 
 
 def _is_of(version: str, series: str) -> bool:
