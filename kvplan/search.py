@@ -86,6 +86,7 @@ def compare_formats(setup: Setup, names: Sequence[str], available: int | None) -
 
     A format that the engine may not run on this GPU counts as ruled out, unless it is the one asked for.
     """
+    asked = cache_plan(setup).kv_cache_dtype
     baseline: int | None = None
     rows = []
     for name in names:
@@ -94,7 +95,7 @@ def compare_formats(setup: Setup, names: Sequence[str], available: int | None) -
         except UnsupportedError as error:
             rows.append(FormatRow(kv_cache_dtype=name, forbidden=_short_reason(error)))
             continue
-        if plan.doubt is not None and name != setup.options.kv_cache_dtype:
+        if plan.doubt is not None and name != asked:
             rows.append(FormatRow(kv_cache_dtype=name, forbidden=plan.doubt))
             continue
         if kv_format(name).key_bits == 16 and baseline is None:

@@ -9,6 +9,7 @@ import pytest
 from support import model_folder
 
 import kvplan
+from kvplan import profiles
 from kvplan.errors import InputError, UnsupportedError
 from kvplan.units import GIB, TIB
 
@@ -677,3 +678,14 @@ def test_a_format_that_may_not_run_is_no_remedy_and_its_row_says_why(engine: str
     assert row.forbidden is not None and "not known to run" in row.forbidden
     chosen = kvplan.size(**asked, kv_cache_dtype="nvfp4").comparison
     assert next(row for row in chosen if row.kv_cache_dtype == "nvfp4").forbidden is None
+
+
+def test_a_format_that_the_checkpoint_asks_for_keeps_its_row(tmp_path: Path) -> None:
+    config = profiles.load("models", "llama-3.1-8b")["config"]
+    config = {**config, "quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4",
+                                       "kv_cache_quant_algo": "NVFP4"}}  # fmt: skip
+    plan = kvplan.size(model=model_folder(tmp_path / "m", config), gpu="h100", engine="tensorrt-llm",
+                       context_tokens=8192)  # fmt: skip
+    row = next(row for row in plan.comparison if row.kv_cache_dtype == "nvfp4")
+    assert plan.kv_cache.kv_cache_dtype == "nvfp4" and row.forbidden is None
+    assert any("not known to run" in advice.message for advice in plan.advice)
