@@ -124,11 +124,12 @@ def _scheduler(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[Advi
             f"--max-num-seqs {setup.batch_per_replica} would let all of them",
         )
         return
-    default, most = setup.default_num_seqs, max(answers.batch_size or 0, answers.max_batch_at_context or 0)
-    if default is None or answer.verdict is False or most <= default * replicas:
+    stated, most = setup.request.max_num_seqs, max(answers.batch_size or 0, answers.max_batch_at_context or 0)
+    if stated is not None or answers.max_running is None or answer.verdict is False or most <= answers.max_running:
         return
+    default = answers.max_running // replicas
     runs = f"{plan.engine} {plan.version} runs {format_count(default, 'request')} at once{each} unless told"
-    if setup.options.max_num_seqs > default:
+    if setup.batch_per_replica > default:
         wanted = f"this plan takes --max-num-seqs {setup.batch_per_replica}"
     else:
         wanted = f"more, up to the {most:,} that are held, take --max-num-seqs"

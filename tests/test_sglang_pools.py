@@ -131,3 +131,30 @@ def test_shares_that_fit_the_requests_better_are_advised() -> None:
     # 5 × 153,944,064 B of states beside 65,536 × 65,536 B of tokens
     assert "--mamba-full-memory-ratio 0.18" in next(a.message for a in states if a.code == "pool_split")
     assert not [a for a in plan(model="8b", gpu="h200").advice if a.code == "pool_split"]
+
+
+def test_a_state_of_padding_holds_no_request() -> None:
+    """Qwen3.5-27B on an H100: 30 states are one of padding and five for each request, so five run, not six."""
+
+    def batch(count: int) -> SizePlan:
+        return plan(model="qwen3.5-27b", gpu="h100", batch_size=count)
+
+    five, six = batch(5), batch(6)
+    assert (five.fits, five.answers.max_batch_at_context, five.answers.max_running) == (True, 5, 5)
+    assert (six.fits, six.answers.max_batch_at_context) == (False, 5)
+    short = six.answers.kv_short_bytes_per_gpu
+    kv = six.memory.kv_cache_bytes
+    assert short and kv
+    more = plan(model="qwen3.5-27b", gpu="h100", batch_size=6, kv_cache_memory_bytes=kv + short + 1)
+    assert (more.fits, more.answers.max_running) == (True, 6)
+
+
+def test_more_requests_than_the_engine_runs_at_once_are_told_what_to_set() -> None:
+    def advice(**request: Any) -> str | None:
+        found = plan(model="8b", gpu="h200", context_tokens=128, **request).advice
+        return next((a.message for a in found if a.code == "max_num_seqs"), None)
+
+    assert advice() == "sglang 0.5 runs 4,096 requests at once unless told: more, up to the 7,088 that are held, " \
+        "take --max-num-seqs"  # fmt: skip
+    assert "this plan takes --max-num-seqs 5000" in (advice(batch_size=5000) or "")
+    assert advice(max_num_seqs=8000) is None

@@ -35,7 +35,8 @@ def max_batches(plan: CachePlan, available_bytes: int, context_tokens: Any) -> I
                 np.zeros_like(contexts),
             )
             needed = np.maximum(needed, np.ceil(held / pool.share).astype(np.int64))
-    return np.asarray(available_bytes // np.maximum(needed, 1), dtype=np.int64)
+    held = np.asarray(available_bytes // np.maximum(needed, 1), dtype=np.int64)
+    return np.minimum(held, plan.max_batch(available_bytes, 1)) if plan.padded_pools else held
 
 
 def _group_blocks(group: Group, plan: CachePlan, contexts: Ints) -> Ints:

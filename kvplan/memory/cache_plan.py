@@ -20,12 +20,14 @@ class Pool:
         name: what it holds.
         share: of the KV bytes.
         groups: indices of the groups in it.
+        padding_blocks: blocks of it that no request can use.
 
     """
 
     name: str
     share: float
     groups: tuple[int, ...]
+    padding_blocks: int = 0
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,8 @@ class CachePlan:
 
     def fits_one(self, available_bytes: int, context_tokens: int) -> bool:
         """The engine's start-up check: one request of the longest length in what is left without the null block."""
+        if not self.unified_pool:
+            return self.max_batch(available_bytes, context_tokens) > 0
         reserved = self.reserved_blocks * self.pool_bytes_per_block
         return self.bytes_per_request(context_tokens) <= available_bytes - reserved and available_bytes > reserved
 
@@ -130,7 +134,36 @@ class CachePlan:
             usable = self.num_blocks(available_bytes) - self.reserved_blocks
             return max(usable, 0) // self.blocks_per_request(context_tokens)
         needed = self.bytes_per_request(context_tokens)
-        return max(available_bytes, 0) // needed if needed else 0
+        held = max(available_bytes, 0) // needed if needed else 0
+        return min([held, *(self._pool_holds(pool, available_bytes) for pool in self.padded_pools)])
+
+    @cached_property
+    def padded_pools(self) -> tuple[Pool, ...]:
+        """Pools with padding; a request of any length holds the same blocks of them."""
+        return tuple(pool for pool in self.pools if pool.padding_blocks)
+
+    def pool_blocks(self, pool: Pool, available_bytes: int) -> int:
+        """Blocks of ``pool`` that requests can use, on the rank where they are largest."""
+        return max(int(max(available_bytes, 0) * pool.share) // self._pool_block_bytes(pool) - pool.padding_blocks, 0)
+
+    def _pool_block_bytes(self, pool: Pool) -> int:
+        return max(1, *(sum(groups[index].bytes_per_block for index in pool.groups) for groups in self.rank_groups))
+
+    def pool_request_blocks(self, pool: Pool) -> int:
+        """Blocks of ``pool`` that one request of any length holds."""
+        return max(self.groups[index].blocks(1, 0) for index in pool.groups)
+
+    def _pool_holds(self, pool: Pool, available_bytes: int) -> int:
+        return self.pool_blocks(pool, available_bytes) // self.pool_request_blocks(pool)
+
+    def bytes_to_hold(self, num_requests: int, context_tokens: int) -> int:
+        """KV bytes of a GPU that hold ``num_requests`` of ``context_tokens``, with what no request can use."""
+        needed = num_requests * self.bytes_per_request(context_tokens)
+        padded = (
+            ceil((num_requests * self.pool_request_blocks(p) + p.padding_blocks) * self._pool_block_bytes(p) / p.share)
+            for p in self.padded_pools
+        )
+        return max([needed + self.reserved_blocks * self.pool_bytes_per_block, *padded])
 
     def max_concurrency(self, available_bytes: int, max_model_len_tokens: int) -> float:
         """What vLLM logs as "Maximum concurrency": ``num_blocks / blocks of the longest request``, null block in."""

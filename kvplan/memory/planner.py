@@ -181,8 +181,7 @@ def answers_of(setup: Setup, plan: CachePlan, available: int | None) -> Answers:
     short = None
     max_batch = max_context = None
     if available is not None:
-        reserved = plan.reserved_blocks * plan.pool_bytes_per_block
-        short = max(needed + reserved - max(available, 0), 0)
+        short = max(plan.bytes_to_hold(setup.batch_per_replica, setup.context_tokens) - max(available, 0), 0)
         max_batch = setup.at_once(plan.max_batch(available, setup.context_tokens)) * request.dp_size
         if setup.runs_at_once:
             max_context = plan.max_context(available, setup.batch_per_replica, limit)

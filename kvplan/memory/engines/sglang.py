@@ -90,7 +90,7 @@ def _states(model: ModelConfig, options: EngineOptions, version: tuple[int, ...]
 
 
 def _pools(plan: CachePlan) -> tuple[tuple[Pool, ...], list[tuple[str, str, str]]]:
-    """The pools, that of full attention first, and the rules that deal them their share."""
+    """The pools, that of full attention first, and the rules that deal them their share; states have one of padding."""
     members: dict[str, list[int]] = {"tokens": [], "windows": [], "states": []}
     for index, group in enumerate(plan.groups):
         members[POOL_OF.get(group.pages[0].kind, "tokens")].append(index)
@@ -107,7 +107,8 @@ def _pools(plan: CachePlan) -> tuple[tuple[Pool, ...], list[tuple[str, str, str]
                       "sglang/srt/model_executor/pool_configurator.py HybridSWAPoolConfigurator"))  # fmt: skip
     shares["tokens" if full else "windows"] = left - shares.get("windows", 0.0)
     shares["states"] = 1 - left or 1.0
-    return tuple(Pool(name, shares[name], tuple(found)) for name, found in members.items() if found), rules
+    pools = (Pool(n, shares[n], tuple(found), int(n == "states")) for n, found in members.items() if found)
+    return tuple(pools), rules
 
 
 def running_limit(plan: CachePlan, available_bytes: int, longest_tokens: int) -> tuple[int, str, str]:
@@ -117,9 +118,7 @@ def running_limit(plan: CachePlan, available_bytes: int, longest_tokens: int) ->
     formula = f"512 × {tokens:,} tokens / {longest_tokens:,}, from 2,048 to 4,096, and no more than half the tokens"
     states = next((pool for pool in plan.pools if pool.name == "states"), None)
     if states is not None:
-        held = max(plan.groups[i].blocks(1, 0) for i in states.groups)
-        size = max(sum(ranks[i].bytes_per_block for i in states.groups) for ranks in plan.rank_groups)
-        slots = max(int(available_bytes * states.share) // max(size, 1) - 1, 0)
+        held, slots = plan.pool_request_blocks(states), plan.pool_blocks(states, available_bytes)
         limit = min(limit, slots // held)
         formula += f"; {slots:,} states at {held} a request"
     return limit, f"{formula} = {limit:,}", "sglang/srt/mem_cache/kv_cache_configurator.py resolve_max_num_reqs"
