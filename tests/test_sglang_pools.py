@@ -158,3 +158,16 @@ def test_more_requests_than_the_engine_runs_at_once_are_told_what_to_set() -> No
         "take --max-num-seqs"  # fmt: skip
     assert "this plan takes --max-num-seqs 5000" in (advice(batch_size=5000) or "")
     assert advice(max_num_seqs=8000) is None
+
+
+def test_a_request_that_was_echoed_gives_the_same_plan() -> None:
+    found = plan(model="8b", gpu="h200", context_tokens=128, batch_size=5000)
+    assert found.request.max_num_seqs is None
+    again = {name: value for name, value in found.as_dict()["request"].items() if value is not None}
+    assert kvplan.size(**again).answers == found.answers
+
+
+def test_the_longest_request_is_no_longer_than_the_capacity() -> None:
+    """Llama 4 Scout on eight H100s, whose full layers take a share of the memory that is no binary fraction."""
+    found = plan(model="llama-4-scout", gpu="h100", tp_size=8, context_tokens=131_072)
+    assert (found.kv_cache.capacity_tokens or 0) >= (found.answers.max_context_at_batch_tokens or 0) > 10**6

@@ -83,7 +83,12 @@ class CachePlan:
         return max(sizes, default=0) if self.unified_pool else sum(sizes)
 
     def num_blocks(self, available_bytes: int) -> int:
-        """``available // pool``, the smallest over ranks, the null block among them (vLLM ``kv_cache_planning.py``)."""
+        """``available // pool``, the smallest over ranks, the null block among them (vLLM ``kv_cache_planning.py``).
+
+        With fixed pools, those of the one that is logged.
+        """
+        if self.pools:
+            return self.pool_blocks(self.pools[0], available_bytes)
         pool = self.pool_bytes_per_block
         return max(available_bytes, 0) // pool if pool else 0
 

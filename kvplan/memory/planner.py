@@ -59,7 +59,8 @@ def _block_rules(setup: Setup, plan: CachePlan) -> Iterator[Rule]:
 
 
 def resolved_request(setup: Setup, plan: CachePlan) -> SizeRequest:
-    """The request as it was understood, defaults filled in."""
+    """The request as it was understood, defaults filled in; a limit of requests that is not known stays unstated."""
+    known = setup.engine.default_num_seqs(setup.gpu, setup.options.version or ()) is not None
     return replace(
         setup.request,
         gpu=setup.gpu.name if setup.gpu is not None else None,
@@ -70,7 +71,7 @@ def resolved_request(setup: Setup, plan: CachePlan) -> SizeRequest:
         block_size_tokens=plan.block_size_tokens,
         context_tokens=setup.context_tokens,
         max_model_len_tokens=setup.max_model_len_tokens,
-        max_num_seqs=setup.options.max_num_seqs,
+        max_num_seqs=setup.options.max_num_seqs if known else setup.request.max_num_seqs,
         max_num_batched_tokens=setup.batched_tokens,
         gpu_memory_utilization=setup.fraction,
     )
