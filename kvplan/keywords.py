@@ -36,6 +36,8 @@ class Served(TypedDict, total=False):
     max_num_seqs: int | None
     max_num_batched_tokens: Tokens
     gpu_memory_utilization: float | None
+    swa_full_tokens_ratio: float | None
+    mamba_full_memory_ratio: float | None
     kv_cache_memory_bytes: Bytes
     weights_bytes: Bytes
     activation_bytes: Bytes

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 import kvplan
+from kvplan.check.basis import basis_of
 from kvplan.check.log import read_stream
+from kvplan.errors import InputError
 from kvplan.latency.capacity import max_batches
 from kvplan.memory.plan import SizePlan
 from kvplan.memory.request import make_request
@@ -171,3 +173,30 @@ def test_the_longest_request_is_no_longer_than_the_capacity() -> None:
     """Llama 4 Scout on eight H100s, whose full layers take a share of the memory that is no binary fraction."""
     found = plan(model="llama-4-scout", gpu="h100", tp_size=8, context_tokens=131_072)
     assert (found.kv_cache.capacity_tokens or 0) >= (found.answers.max_context_at_batch_tokens or 0) > 10**6
+
+
+def test_ratios_that_are_advised_can_be_planned_and_hold_what_was_promised() -> None:
+    for model, flag in (("qwen3.5-27b", "mamba_full_memory_ratio"), ("gpt-oss-120b", "swa_full_tokens_ratio")):
+        before = plan(model=model, gpu="h200", context_tokens=32768)
+        advice = next(advice for advice in before.advice if advice.code == "pool_split")
+        words = advice.message.split()
+        ratio = float(words[words.index("--" + flag.replace("_", "-")) + 1])
+        after = plan(model=model, gpu="h200", context_tokens=32768, **{flag: ratio})
+        gain = (after.answers.max_batch_at_context or 0) / (before.answers.max_batch_at_context or 1)
+        assert advice.gain and gain >= advice.gain * 0.95
+        assert any(f"{ratio:g}" in rule.formula for rule in after.rules if rule.name != "block size")
+    with pytest.raises(InputError, match="vllm has no swa_full_tokens_ratio"):
+        kvplan.size(model="gpt-oss-120b", gpu="h200", context_tokens=8192, swa_full_tokens_ratio=0.5)
+    with pytest.raises(InputError, match="above 0 and at most 1"):
+        plan(model="gpt-oss-120b", gpu="h200", swa_full_tokens_ratio=2)
+
+
+def test_the_ratios_of_a_servers_pools_are_those_of_its_plan() -> None:
+    log = read_stream(io.BytesIO(
+        b"server_args=ServerArgs(model_path='Qwen/Qwen3.5-27B', tp_size=1, mem_fraction_static=0.768, "
+        b"mamba_full_memory_ratio=1.44, swa_full_tokens_ratio=0.5, context_length=8192)\n"
+        b"KV Cache is allocated. dtype: torch.bfloat16, #tokens: 62900, K size: 1.92 GB, V size: 1.92 GB\n"
+    ), "log")  # fmt: skip
+    request = basis_of(log, {"gpu": "h100"}).options
+    assert (request["mamba_full_memory_ratio"], request["swa_full_tokens_ratio"]) == (1.44, 0.5)
+    assert kvplan.size(**request).kv_cache.capacity_tokens == pytest.approx(62_900, rel=0.005)

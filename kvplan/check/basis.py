@@ -16,7 +16,7 @@ from kvplan.model_config import ModelConfig, resolve_model
 
 SETTINGS = ("engine_version", "tp_size", "pp_size", "dp_size", "dcp_size", "ep", "block_size_tokens",
             "max_model_len_tokens", "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization",
-            "enable_prefix_caching")  # fmt: skip
+            "enable_prefix_caching", "swa_full_tokens_ratio", "mamba_full_memory_ratio")  # fmt: skip
 """Facts that are fields of a sizing request under the same name."""
 
 SHAPE = ("num_layers", "num_kv_heads", "head_dim")

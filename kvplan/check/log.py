@@ -43,7 +43,8 @@ _SMALLEST = ("kv_cache_bytes", "kv_cache_in_use_bytes", "conv_state_bytes", "ssm
              "max_concurrency", "free_bytes", "free_for_kv_bytes", "max_context_tokens")  # fmt: skip
 _LARGEST = ("weights_bytes", "weights_and_overhead_bytes", "activation_bytes", "overhead_bytes", "graph_bytes",
             "graph_estimate_bytes", "needed_kv_bytes")  # fmt: skip
-_FRACTIONS = ("gpu_memory_utilization", "max_concurrency", "hybrid_padding_percent")
+_SETTING_RATIOS = ("gpu_memory_utilization", "swa_full_tokens_ratio", "mamba_full_memory_ratio")
+_FRACTIONS = (*_SETTING_RATIOS, "max_concurrency", "hybrid_padding_percent")
 _SWITCHES = ("enable_prefix_caching", "prefix_caching_off", "attention_dp", "ep")
 _TEXTS = ("model", "kv_cache_dtype", "quantization", "dtype", "speculative", "engine_version", "gpu")
 
@@ -248,7 +249,7 @@ def _fact(name: str, printed: str, where: str) -> Fact | None:
     decimals = len(digits.partition(".")[2])
     last = 0.5 * 10.0**-decimals
     if name in _FRACTIONS:
-        return Fact(value, where, last if name != "gpu_memory_utilization" else 0.0)
+        return Fact(value, where, 0.0 if name in _SETTING_RATIOS else last)
     whole = "." not in digits and abs(value) > 10**6
     if name.endswith("_bytes") and not whole:
         return Fact(round(value * GIB), where, last * GIB)

@@ -169,7 +169,8 @@ SETTINGS = {
         "mem_fraction_static": "gpu_memory_utilization", "max_running_requests": "max_num_seqs",
         "quantization": "quantization", "dtype": "dtype", "speculative_algorithm": "speculative",
         "chunked_prefill_size": "max_num_batched_tokens", "disable_radix_cache": "prefix_caching_off",
-        "enable_dp_attention": "attention_dp", "ep_size": "ep_size",
+        "enable_dp_attention": "attention_dp", "ep_size": "ep_size", "swa_full_tokens_ratio": "swa_full_tokens_ratio",
+        "mamba_full_memory_ratio": "mamba_full_memory_ratio",
     },
     TRTLLM: {
         "free_gpu_memory_fraction": "gpu_memory_utilization", "tokens_per_block": "block_size_tokens",

@@ -29,6 +29,7 @@ SETTING_LABELS = {
     "max_model_len_tokens": "longest request", "max_num_seqs": "requests a step",
     "max_num_batched_tokens": "tokens a step", "gpu_memory_utilization": "memory fraction",
     "enable_prefix_caching": "prefix caching", "ep": "expert parallel",
+    "swa_full_tokens_ratio": "pool of windows", "mamba_full_memory_ratio": "pool of states",
 }  # fmt: skip
 MEMORY_LABELS = {
     "total_bytes": "GPU memory", "usable_bytes": "usable", "weights_bytes": "weights",
@@ -37,7 +38,8 @@ MEMORY_LABELS = {
 }  # fmt: skip
 ESTIMATES = ("activation_bytes", "graph_bytes", "overhead_bytes")
 _UNITS: dict[str, Unit] = {"block_size_tokens": "tokens", "max_model_len_tokens": "tokens",
-                           "max_num_batched_tokens": "tokens", "gpu_memory_utilization": "share"}  # fmt: skip
+                           "max_num_batched_tokens": "tokens", "gpu_memory_utilization": "share",
+                           "swa_full_tokens_ratio": "share", "mamba_full_memory_ratio": "share"}  # fmt: skip
 
 
 def plan_of(basis: Basis, **changes: Value | None) -> SizePlan:

@@ -157,6 +157,16 @@ MaxNumBatchedTokens = Annotated[
         rich_help_panel=ENGINE,
     ),
 ]
+SwaRatio = Annotated[
+    float | None,
+    typer.Option("--swa-full-tokens-ratio", help="SGLang: tokens of the pool of windows over tokens; default 0.8.",
+                 rich_help_panel=ENGINE),
+]  # fmt: skip
+MambaRatio = Annotated[
+    float | None,
+    typer.Option("--mamba-full-memory-ratio", help="SGLang: bytes of states over bytes of tokens; default 0.9.",
+                 rich_help_panel=ENGINE),
+]  # fmt: skip
 PrefixCaching = Annotated[
     bool,
     typer.Option(

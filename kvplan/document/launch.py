@@ -139,6 +139,8 @@ def _sglang(setup: Setup, kv_dtype: str, users: int | None) -> tuple[str | None,
         ("--kv-cache-dtype", SGLANG_KV[kv_dtype]),
         ("--page-size", request.block_size_tokens),
         ("--chunked-prefill-size", request.max_num_batched_tokens),
+        ("--swa-full-tokens-ratio", request.swa_full_tokens_ratio),
+        ("--mamba-full-memory-ratio", request.mamba_full_memory_ratio),
         ("--disable-radix-cache", None if request.enable_prefix_caching else True),
         ("--mem-fraction-static", f"{_fraction(setup, 'sglang'):g}"),
     ]

@@ -38,6 +38,8 @@ class SizeRequest:
         max_model_len_tokens: longest request; None is ``context_tokens``, else the model's.
         max_num_seqs, max_num_batched_tokens: the engine's limits of a step; None is its default.
         gpu_memory_utilization: the engine's memory fraction; None is its default.
+        swa_full_tokens_ratio, mamba_full_memory_ratio: SGLang's tokens of windows over tokens, and bytes of states over
+            bytes of tokens; None is its default.
         kv_cache_memory_bytes: KV bytes per GPU; skips the memory budget.
         weights_bytes, activation_bytes, graph_bytes, overhead_bytes: budget terms per GPU; None is estimated.
         context_tokens: context of each request.
@@ -65,6 +67,8 @@ class SizeRequest:
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     gpu_memory_utilization: float | None = None
+    swa_full_tokens_ratio: float | None = None
+    mamba_full_memory_ratio: float | None = None
     kv_cache_memory_bytes: int | None = None
     weights_bytes: int | None = None
     activation_bytes: int | None = None
@@ -89,6 +93,7 @@ _COUNTS = {
     "num_parameters": 2**60,
 }  # fmt: skip
 _TEXTS = ("model", "gpu", "engine", "engine_version", "kv_cache_dtype", "weight_dtype")
+_RATIOS = {"gpu_memory_utilization": 1, "swa_full_tokens_ratio": 1, "mamba_full_memory_ratio": 1000}
 _FLAGS = ("ep", "enable_prefix_caching")
 FIELDS = tuple(field.name for field in fields(SizeRequest))
 OPTION_NAMES = {
@@ -151,9 +156,10 @@ def _check(name: str, value: Any) -> Any:
         if not isinstance(value, bool):
             raise InputError(f"{name} must be true or false, not {shorten(repr(value), 40)}")
         return value
-    if name == "gpu_memory_utilization":
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-            raise InputError(f"{name} must be above 0 and at most 1, not {shorten(repr(value), 40)}")
+    if name in _RATIOS:
+        high = _RATIOS[name]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= high:
+            raise InputError(f"{name} must be above 0 and at most {high}, not {shorten(repr(value), 40)}")
         return float(value)
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise InputError(f"{name} must be text or a number, not {shorten(repr(value), 40)}")

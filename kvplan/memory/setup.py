@@ -111,6 +111,9 @@ def set_up(request: SizeRequest) -> Setup:
     """
     model, has_model = _model_of(request)
     engine = resolve_engine(request.engine)
+    for name in ("swa_full_tokens_ratio", "mamba_full_memory_ratio"):
+        if getattr(request, name) is not None and engine.name != "sglang":
+            raise InputError(f"{engine.name} has no {name}: it is SGLang's", hint="leave it out, or --engine sglang")
     version = parse_version(request.engine_version, engine.version)
     gpu = _gpu_of(request)
     rules = VersionRules(version if engine.name == "vllm" else (0, 33))
@@ -141,6 +144,8 @@ def set_up(request: SizeRequest) -> Setup:
         max_num_seqs=num_seqs,
         running_limit=request.max_num_seqs,
         longest_tokens=max_len,
+        swa_full_tokens_ratio=request.swa_full_tokens_ratio,
+        mamba_full_memory_ratio=request.mamba_full_memory_ratio,
         version=version,
     )
     given = request.gpu_memory_utilization

@@ -23,10 +23,10 @@ FORMATS = frozenset({"bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2", "nvfp
 RULES = approximate.Rules("sglang", "0.5", 1, "sglang/srt/mem_cache/memory_pool.py", FORMATS)
 
 SLIDING_SHARE = 0.8
-"""``swa_full_tokens_ratio``: tokens of the sliding pool over tokens of the full one."""
+"""``swa_full_tokens_ratio`` unless told: tokens of the sliding pool over tokens of the full one."""
 
 STATE_SHARE = 0.9
-"""``mamba_full_memory_ratio``: bytes of states over bytes of tokens."""
+"""``mamba_full_memory_ratio`` unless told: bytes of states over bytes of tokens."""
 
 SLIDING_POOLS = (
     ("GptOssForCausalLM", (0, 5, 9)), ("Llama4ForConditionalGeneration", (0, 5, 9)),
@@ -55,7 +55,7 @@ def plan_cache(model: ModelConfig, options: EngineOptions) -> CachePlan:
         states_per_request=_states(model, options, version),
     )
     plan = approximate.plan_cache(rules, model, replace(options, kv_cache_dtype=_kv_dtype(model, options)))
-    pools, split = _pools(plan)
+    pools, split = _pools(plan, options)
     return replace(plan, pools=pools, rules=(*plan.rules, *split))
 
 
@@ -89,21 +89,23 @@ def _states(model: ModelConfig, options: EngineOptions, version: tuple[int, ...]
     return 5 if version >= (0, 5, 16) and model.architecture in EXTRA_BUFFER else 3
 
 
-def _pools(plan: CachePlan) -> tuple[tuple[Pool, ...], list[tuple[str, str, str]]]:
+def _pools(plan: CachePlan, options: EngineOptions) -> tuple[tuple[Pool, ...], list[tuple[str, str, str]]]:
     """The pools, that of full attention first, and the rules that deal them their share; states have one of padding."""
+    sliding = options.swa_full_tokens_ratio or SLIDING_SHARE
+    states = options.mamba_full_memory_ratio or STATE_SHARE
     members: dict[str, list[int]] = {"tokens": [], "windows": [], "states": []}
     for index, group in enumerate(plan.groups):
         members[POOL_OF.get(group.pages[0].kind, "tokens")].append(index)
     full, windows = (sum(plan.groups[i].bytes_per_block for i in members[name]) for name in ("tokens", "windows"))
     rules, shares, left = [], {}, 1.0
     if members["states"] and full + windows:
-        left = 1 / (1 + STATE_SHARE)
-        rules.append(("pool of states", f"{STATE_SHARE:g} / (1 + {STATE_SHARE:g}) of the KV memory",
+        left = 1 / (1 + states)
+        rules.append(("pool of states", f"{states:g} / (1 + {states:g}) of the KV memory",
                       "sglang/srt/mem_cache/kv_cache_configurator.py _handle_max_mamba_cache"))  # fmt: skip
     if full and windows:
-        shares["windows"] = left * SLIDING_SHARE * windows / (full + SLIDING_SHARE * windows)
-        rules.append(("bytes of a block", f"{full:,} of full layers + {SLIDING_SHARE:g} × {windows:,} of sliding ones, "
-                      f"whose pool has {SLIDING_SHARE:g} of the tokens",
+        shares["windows"] = left * sliding * windows / (full + sliding * windows)
+        rules.append(("bytes of a block", f"{full:,} of full layers + {sliding:g} × {windows:,} of sliding ones, "
+                      f"whose pool has {sliding:g} of the tokens",
                       "sglang/srt/model_executor/pool_configurator.py HybridSWAPoolConfigurator"))  # fmt: skip
     shares["tokens" if full else "windows"] = left - shares.get("windows", 0.0)
     shares["states"] = 1 - left or 1.0
