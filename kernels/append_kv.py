@@ -202,6 +202,8 @@ def append_kv(k: torch.Tensor, v: torch.Tensor, cache: PagedKvCache, slots: torc
     """
     if k.shape != v.shape or k.stride() != v.stride() or k.stride(-1) != 1:
         raise ValueError("k and v must have the same shape and strides, contiguous in head_dim")
+    if cache.k.stride() != cache.v.stride() or cache.k_scale.stride() != cache.v_scale.stride():
+        raise ValueError("K and V of the cache must lie alike: they are written with the same strides")
     rows = cache.by_page_slot_head(cache.k)
     if cache.scale_granularity == "block":
         _append4[(k.shape[0], k.shape[1])](

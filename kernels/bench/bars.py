@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import triton
 
+from ..device import architecture
 from ..mla_decode import FORMAT_CODES
 from . import decode_attention as decode
 from . import mla_decode as latent
@@ -112,15 +113,23 @@ class Run:
         self.emit(record)
         return record
 
-    def family(self, name: str, batch: int = 16, **kind: object) -> tuple[Line, DecodeCell]:
-        """Gate a family of cells, choose its configuration, fit its line over the contexts."""
-        cell = DecodeCell((CONTEXTS[0],) * batch, **kind)
-        lengths = (40, 7) if self.cpu else decode.GATE_LENGTHS
-        verdict = decode.gate(replace(cell, num_kv_heads=2), device=self.device, seq_lens=lengths)
+    def gate(self, name: str, cell: DecodeCell) -> None:
+        """Compare the kernel of `cell` with the reference; SystemExit, naming the family, when it is off."""
+        if self.cpu:
+            verdict = decode.gate(replace(cell, num_kv_heads=2), device=self.device, seq_lens=(40, 7))
+        else:
+            verdict = decode.gate(cell, device=self.device)
         self.emit(verdict)
         if not verdict["passed"]:
             raise SystemExit(f"{name}: error {verdict['error']:.1e} above {verdict['tolerance']:.1e}; nothing timed")
+
+    def family(self, name: str, batch: int = 16, **kind: object) -> tuple[Line, DecodeCell]:
+        """Gate a family of cells, choose its configuration, fit its line over the contexts."""
+        cell = DecodeCell((CONTEXTS[0],) * batch, **kind)
+        self.gate(name, cell)
         cell = replace(cell, config=choose(cell, device=self.device))
+        if cell.config != cell.shape.configs(architecture(self.device))[0]:
+            self.gate(name, cell)
         points = []
         for context in CONTEXTS:
             record = self.cell(replace(cell, seq_lens=(context,) * batch))

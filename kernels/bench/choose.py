@@ -4,6 +4,8 @@ The file is one JSON object; a key names the GPU, the versions and the shape, so
 anew. A file that cannot be read counts as empty. `KVPLAN_CACHE_DIR` moves it.
 """
 
+import functools
+import hashlib
 import json
 import os
 from dataclasses import asdict, replace
@@ -45,9 +47,16 @@ def _write(path: Path, choices: dict) -> None:
     fresh.replace(path)
 
 
+@functools.cache
+def _kernels() -> str:
+    """Digest of the kernels' source: a choice among other kernels says nothing."""
+    files = sorted((Path(__file__).parents[1] / "decode_attention").glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
 def choice_key(cell: DecodeCell, gpu: str) -> str:
-    """What a choice depends on: GPU, versions, format, scales, layout, block size, head_dim, group."""
-    parts = (gpu, torch.__version__, triton.__version__, cell.kv_dtype, cell.scale_granularity, cell.layout)
+    """What a choice depends on: GPU, versions, kernels, format, scales, layout, block size, head_dim, group."""
+    parts = (gpu, torch.__version__, triton.__version__, _kernels(), cell.kv_dtype, cell.scale_granularity, cell.layout)
     return " ".join(map(str, (*parts, cell.block_size_tokens, cell.head_dim, cell.group_size)))
 
 

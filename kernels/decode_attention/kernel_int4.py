@@ -1,9 +1,9 @@
 """Decode attention over int4 caches: an FP16 scale for each 32 dims of a row, applied to logits and weights.
 
-The scheme is `kernel`'s; what differs is the row. Its nibbles are planes: nibble j of 16-bit word w is dim j * D / 4 +
-w (`formats.PLANES`), so that one mask of a word gives dims that share a scale. A block's scale then multiplies the
-block's part of a logit, and a softmax weight once for each block, instead of every element: four multiplications a
-token and query head in place of one for every two dims.
+The scheme is `kernel`'s; what differs is the row. Its nibbles are planes (`formats.int4_plane_dims`): nibble j of
+16-bit word w is dim 32 j + w of 128, so that one mask of words gives dims that share a scale. A block's scale then
+multiplies the block's part of a logit, and a softmax weight once for each block, instead of every element: four
+multiplications a token and query head in place of one for every two dims.
 
 A nibble n, masked where it stands, is the float16 number n * 2**-24 or n * 2**-20 (a subnormal, which the matrix
 instruction takes as any other), so unpacking is one instruction for two elements. What codes are too large by, 8, is

@@ -11,7 +11,24 @@ from ..paged_cache import PagedKvCache
 from .shape import BATCH_BUCKETS, DecodeShape
 
 LEVELS = 4
-"""Levels of the join: enough for 16**4 = 65,536 chunks."""
+"""Levels of the join: enough for 8**4 = 4,096 chunks."""
+
+
+def _check_addresses(cache: PagedKvCache) -> None:
+    """ValueError where the kernels, which count in 16 bytes, whole rows of scales and 32 bits, cannot reach a cache."""
+    per_unit = 16 // cache.k.element_size()
+    for data in (cache.k, cache.v):
+        if data.shape[0] * data.stride(0) // per_unit >= 1 << 31:
+            raise ValueError("a layer's cache spans 32 GiB or more: its addresses do not fit the kernel's 32 bits")
+        if any(stride % per_unit for stride in data.stride()[:3]):
+            raise ValueError("rows of K and V must begin at multiples of 16 bytes")
+    if cache.scale_granularity in ("token_head", "block"):
+        blocks = cache.k_scale.shape[3] if cache.scale_granularity == "block" else 1
+        strides = cache.k_scale.stride()
+        if strides != cache.v_scale.stride() or any(stride % blocks for stride in strides[:3]):
+            raise ValueError("scales of K and V must lie alike, in whole rows")
+        if cache.k_scale.shape[0] * strides[0] >= 1 << 31:
+            raise ValueError("a layer has 2**31 scales or more: their addresses do not fit the kernel's 32 bits")
 
 
 class DecodePlan:
@@ -43,16 +60,13 @@ class DecodePlan:
         self.batch = cache.block_table.shape[0]
         if self.batch > BATCH_BUCKETS[-1]:
             raise ValueError(f"batch of {self.batch} sequences: at most {BATCH_BUCKETS[-1]}")
-        per_unit = 16 // cache.k.element_size()
-        for data in (cache.k, cache.v):
-            if data.shape[0] * data.stride(0) // per_unit >= 1 << 31:
-                raise ValueError("a layer's cache spans 32 GiB or more: its addresses do not fit the kernel's 32 bits")
+        _check_addresses(cache)
         self.device = cache.k.device
         self.arch = architecture(self.device)
         self.group = num_q_heads // cache.num_kv_heads
         self.num_q_heads = num_q_heads
         self.q_dtype = q_dtype
-        self.sinks = sinks
+        self.sinks = None if sinks is None else sinks.float()
         shape = self._shape = DecodeShape.of(cache, self.group)
         if config is None and self.batch == 1:  # joining several heads' pieces costs one sequence more than it saves
             shape = replace(shape, one_sequence=True)
@@ -137,6 +151,9 @@ class DecodePlan:
         """
         if DecodeShape.of(cache, self.group) != self._shape:
             raise ValueError("this cache is not of the shape the plan was made for")
+        if q.shape[0] != self.batch or cache.block_table.shape[0] != self.batch:
+            raise ValueError(f"the plan is for a batch of {self.batch} sequences")
+        _check_addresses(cache)
         if out is None:
             out = torch.empty_like(q)
         args, flags = self._attend_call(q, cache, out)

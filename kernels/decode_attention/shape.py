@@ -37,7 +37,8 @@ def split_head_dim(element_bits: int, head_dim: int) -> tuple[int, int]:
 class DecodeShape:
     """A kind of cache, and the query heads that share a KV head of it.
 
-    `dense`: no gaps between the rows of a block; `one_sequence`: the cut is for a batch of one.
+    `dense`: no gaps between the rows of a block (asked of token-major inline rows only); `one_sequence`: the cut is for
+    a batch of one.
     """
 
     fmt: KvFormat
@@ -61,7 +62,8 @@ class DecodeShape:
             cache.num_kv_heads,
             cache.head_dim,
             group_size,
-            dense=all(x.stride()[1:] == (x.shape[2] * x.shape[3], x.shape[3], 1) for x in (cache.k, cache.v)),
+            dense=(cache.scale_granularity, cache.layout) != ("token_head_inline", "NHD")
+            or all(x.stride()[1:] == (x.shape[2] * x.shape[3], x.shape[3], 1) for x in (cache.k, cache.v)),
         )
 
     @property

@@ -138,6 +138,8 @@ def attend_latent(
     rope_dims = tl.arange(0, 64)
     per_pair: tl.constexpr = 2 if FORMAT > 0 else 1
     ROPE_FORMAT: tl.constexpr = 1 if FORMAT == 1 else 0
+    # log2 of the largest weight: times a block's scale up to 511 (latent numbers up to 229,000) it stays inside float16
+    LARGEST: tl.constexpr = 7.0 if FORMAT == 2 else OFFSET
     slots = tl.arange(0, BLOCK_N)
     scale = tl.load(scale_ptr)
     logit_scale = scale_log2e * scale
@@ -194,14 +196,14 @@ def attend_latent(
             new_peak = tl.maximum(peak, tl.max(logits, 1))
             decay = tl.exp2(peak - new_peak)
             peak = new_peak
-            weights = tl.exp2(logits - (new_peak - OFFSET)[:, None])
+            weights = tl.exp2(logits - (new_peak - LARGEST)[:, None])
             weight_sum = weight_sum * decay + tl.sum(weights, 1)
             even0, odd0 = _block_values(even0, odd0, weights, tile0, scale0, decay, FORMAT, UNPACK, EXACT_DOT)
             even1, odd1 = _block_values(even1, odd1, weights, tile1, scale1, decay, FORMAT, UNPACK, EXACT_DOT)
             even2, odd2 = _block_values(even2, odd2, weights, tile2, scale2, decay, FORMAT, UNPACK, EXACT_DOT)
             even3, odd3 = _block_values(even3, odd3, weights, tile3, scale3, decay, FORMAT, UNPACK, EXACT_DOT)
 
-        lse = peak - OFFSET + tl.log2(weight_sum)
+        lse = peak - LARGEST + tl.log2(weight_sum)
         inverse = (scale / weight_sum)[:, None]
         if (from_tile == 0) & (to_tile == seq_tiles):
             out_at = out_ptr + seq * stride_out_batch.to(tl.int64) + head_block * (HEADS * 512) + heads * 512

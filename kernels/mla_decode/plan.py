@@ -91,6 +91,8 @@ class MlaPlan:
 
     def run(self, q: torch.Tensor, cache: LatentCache, out: torch.Tensor | None = None) -> torch.Tensor:
         """Output `[batch, heads, 512]` for absorbed queries `[batch, heads, 576]` (bf16, contiguous); one launch."""
+        if q.shape[:2] != (self.batch, self.num_heads) or cache.block_table.shape[0] != self.batch:
+            raise ValueError(f"the plan is for {self.batch} sequences of {self.num_heads} query heads")
         if out is None:
             out = torch.empty(*q.shape[:2], LATENT_DIM, dtype=q.dtype, device=q.device)
         attend_latent[(self.num_chunks * self.head_blocks,)](*self._arguments(q, cache, out), **self._flags)

@@ -103,7 +103,7 @@ def samples_document(
         for name in ("batch_size", "context_tokens", "num_q_heads", "latency_s", "read_bytes")
     ]
     batch, context, heads, latency_s, read = columns
-    labels = np.array([sample.kv_dtype for sample in samples])
+    labels = np.array([_entry(sample.kv_dtype) for sample in samples])
     for name, count in zip(*np.unique(labels, return_counts=True), strict=True):
         if count < MIN_SAMPLES:
             raise InputError(
@@ -118,6 +118,11 @@ def samples_document(
             raise InputError(f"no calibration comes of the samples of {name}: half of them are more than {error:.0%} "
                              "away from the best fit")  # fmt: skip
     return document
+
+
+def _entry(kv_dtype: str) -> str:
+    """The name that a KV dtype's parameters go by: one for both names of e4m3."""
+    return "fp8" if kv_dtype == "fp8_e4m3" else kv_dtype
 
 
 def _start(cases: LatentCases, latency_s: Array, hw: Hardware, tile_rows: int) -> tuple[Parameter, ...]:
@@ -166,9 +171,10 @@ class LatentCalibration:
 
     def slope_s(self, kv_dtype: str, num_heads: int, token_bytes: float) -> float | None:
         """Seconds that one sequence's token of context adds to a layer; None for a KV dtype that was not measured."""
-        if kv_dtype not in self.entries:
+        entry = self.entries.get(_entry(kv_dtype))
+        if entry is None:
             return None
-        values = dict(zip((p.name for p in MLA), np.exp(self.entries[kv_dtype]), strict=True))
+        values = dict(zip((p.name for p in MLA), np.exp(entry), strict=True))
         stream = token_bytes / (self.hardware.peak * values["bandwidth_fraction"])
         rows = max(num_heads, self.tile_rows)
         return float(np.hypot(stream, FLOPS_PER_ROW * rows / (self.hardware.flops * values["flops_fraction"])))
@@ -180,10 +186,11 @@ class LatentCalibration:
 
         What products take is told by no other format or number of heads.
         """
-        if kv_dtype not in self.entries or not self.covers(num_heads):
+        entry = self.entries.get(_entry(kv_dtype))
+        if entry is None or not self.covers(num_heads):
             return None
         one = (np.array([float(value)]) for value in (batch, context_tokens, num_heads, token_bytes))
-        return float(mla_s(self.entries[kv_dtype], LatentCases(*one), self.hardware, self.tile_rows)[0])
+        return float(mla_s(entry, LatentCases(*one), self.hardware, self.tile_rows)[0])
 
 
 def latent_from_json(data: Mapping[str, Any], where: str, origin: str) -> LatentCalibration:

@@ -26,6 +26,7 @@ from kvplan.kernels.bench.decode_attention import DecodeCell, graph_repeats
 from kvplan.kernels.bench.mla_decode import MlaCell
 from kvplan.kernels.bench.timing import time_calls
 from kvplan.kernels.decode_attention import DecodePlan
+from kvplan.kernels.device import architecture
 from kvplan.kernels.latent_cache import SOFTMAX_SCALE, LatentCache
 from kvplan.kernels.mla_decode import MlaPlan
 from kvplan.kernels.paged_cache import PagedKvCache
@@ -65,6 +66,7 @@ class CudaBackend:
     )  # fmt: skip
 
     def __init__(self) -> None:
+        self._gated: set[DecodeCell] = set()
         props = torch.cuda.get_device_properties(0)
         rocm = torch.version.hip is not None
         profile = profile_of_device(props.name, props.total_memory)
@@ -127,11 +129,24 @@ class CudaBackend:
         with _guarded():
             if has_choice and self.free_bytes() > 4 * MEASURED_TOKENS * cell.family.bytes_per_token:
                 decode = replace(decode, config=choose(decode, device=DEVICE))
+                self._gate_choice(decode, seed)
             r = bench.measure(decode, layers=cell.layers, device=DEVICE, samples=replays, seed=seed)
         names = ("config", "num_chunks", "registers", "spills", "shared_bytes")
         return Timed(float(r["time_s"]), float(r["p10_s"]), float(r["p90_s"]), int(r["samples"]), int(r["read_bytes"]),
                      r["sm_clock_hz"], cell.family.shape.layout, BLOCK_SIZE_TOKENS,
                      {name: r[name] for name in names})  # fmt: skip
+
+    def _gate_choice(self, cell: DecodeCell, seed: int) -> None:
+        """Compare a chosen configuration with the reference, once, before it is timed: the gate had the default one."""
+        chosen = replace(cell, seq_lens=(1,))
+        if chosen.config == cell.shape.configs(architecture(DEVICE))[0] or chosen in self._gated:
+            return
+        record = plain.gate(chosen, device=DEVICE, seed=seed)
+        if not record["passed"]:
+            raise KernelFailure(
+                f"{cell.kv_dtype} with {cell.config}: error {record['error']:.1e}, {record['tolerance']:.0e} allowed"
+            )
+        self._gated.add(chosen)
 
     def open_step(self, model: StepModel, seed: int) -> _CudaStep:
         """The model in bf16."""

@@ -23,9 +23,10 @@ ENGINE = "kvplan"
 KERNEL_EFFICIENCY = {"int4": 0.88, "nvfp4": 0.70}
 USUAL_EFFICIENCY = 0.92
 """Share of datasheet bandwidth that the bundled kernels stream KV at: of these elements, and of all others. Assumed;
-measured on an H200 are 0.91 to 0.96 for 16 and 8 bits, 0.89 for int4, and 0.70 for nvfp4, which unpacking limits."""
+measured on an H200 from batch 8 on are 0.91 to 0.96 for 16 and 8 bits, 0.89 for int4, and 0.70 for nvfp4, which
+unpacking limits."""
 KERNEL_INTERCEPT_S = 11e-6
-"""Launch and join of one call (assumed; 10 to 15 µs measured on an H200)."""
+"""Launch and join of one call (assumed; 9 to 15 µs measured on an H200, 13 to 22 µs in 4 bits)."""
 LATENT_TILE_ROWS = 16
 LATENT_EFFICIENCY = 0.96
 LATENT_INTERCEPT_S = 20e-6

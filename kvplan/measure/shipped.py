@@ -13,6 +13,7 @@ from kvplan.samples import Sample, read_samples
 
 SAMPLES = "h200-measure-2026-11-24.jsonl"
 STEPS = "h200-steps-2026-11-24.jsonl"
+STEPS_FP8_WEIGHTS = "h200-steps-fp8-weights-2026-11-24.jsonl"
 PEERS = "h200-peers-2026-11-24.jsonl"
 LATENT = "h200-latent-2026-11-24.jsonl"
 ROOFLINE_BYTES_PER_S = 4.54e12
@@ -69,9 +70,9 @@ def shipped_latent() -> LatentRuns:
     return LatentRuns(found[:QUICK_CELLS], found[QUICK_CELLS : 2 * QUICK_CELLS], found[2 * QUICK_CELLS :])
 
 
-def shipped_steps() -> list[dict[str, Any]]:
-    """The records of whole decode steps that ship."""
-    return _records(STEPS)
+def shipped_steps(weights: str = "bf16") -> list[dict[str, Any]]:
+    """The records of whole decode steps that ship, with ``weights`` in bf16 or fp8."""
+    return _records(STEPS_FP8_WEIGHTS if weights == "fp8" else STEPS)
 
 
 def shipped_peers() -> list[dict[str, Any]]:

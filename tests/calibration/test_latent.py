@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,15 @@ def test_a_format_or_number_of_heads_that_was_not_measured_is_not_predicted() ->
     assert found.latency_s("fp8", 8, 4096, 16, 576) is not None
     assert found.latency_s("fp8_ds_mla", 8, 4096, 16, 656) is None
     assert found.latency_s("fp8", 8, 4096, 128, 576) is None
+
+
+def test_both_names_of_e4m3_are_one_entry() -> None:
+    document_ = samples_document(
+        [replace(sample("fp8", *cell), kv_dtype="fp8_e4m3") for cell in CELLS], ABOUT, H200, 16
+    )
+    found = latent_from_json(document_, "here", "measured here")
+    assert list(found.entries) == ["fp8"]
+    assert found.latency_s("fp8_e4m3", 8, 4096, 16, 576) == found.latency_s("fp8", 8, 4096, 16, 576) is not None
 
 
 def test_each_number_of_heads_finds_its_own_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

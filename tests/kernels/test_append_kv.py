@@ -1,5 +1,7 @@
 """Quantise-and-append writes exactly the reference's codes and scales."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -92,3 +94,10 @@ def test_e2m1_rounds_to_nearest_even_at_every_midpoint():
     k.view(4, 2, 4, 16)[..., 1:14] = torch.nn.functional.pad(quarters, (0, 3))[:52].view(4, 1, 1, 13)
     got, expected = both("nvfp4", "block", "HND", 64, k, k, torch.arange(4))
     assert torch.equal(got.k, expected.k)
+
+
+def test_a_cache_whose_k_and_v_lie_differently_is_refused():
+    (cache,) = random_caches([200], kv_dtype="bf16", num_kv_heads=2, head_dim=64, device="cpu")
+    new = torch.randn(1, 2, 64)
+    with pytest.raises(ValueError, match="lie alike"):
+        append_kv(new, new, replace(cache, v=cache.v.contiguous()), torch.tensor([3]))

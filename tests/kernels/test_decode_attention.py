@@ -370,3 +370,31 @@ def test_a_layer_that_32_bit_addresses_cannot_span_is_refused():
     long = far.as_strided(((1 << 34) // page + 1, *cache.k.shape[1:]), cache.k.stride())
     with pytest.raises(ValueError, match="32 GiB"):
         DecodePlan(replace(cache, k=long), num_q_heads=4)
+
+
+def test_a_batch_other_than_the_plans_is_refused():
+    two, three = ([torch.randn(5, 2, 64) for _ in range(n)] for n in (2, 3))
+    plan = DecodePlan(cache_from_dense(two, two, kv_dtype="bf16"), num_q_heads=4)
+    with pytest.raises(ValueError, match="batch of 2"):
+        plan.run(torch.randn(3, 4, 64).bfloat16(), cache_from_dense(three, three, kv_dtype="bf16"))
+
+
+def test_scales_that_do_not_lie_alike_are_refused():
+    cache = random_caches([64], kv_dtype="fp8_e4m3", scale_granularity="token_head", head_dim=64, device="cpu")[0]
+    wider = torch.zeros(*cache.v_scale.shape[:2], 2 * cache.v_scale.shape[2])[..., ::2]
+    with pytest.raises(ValueError, match="lie alike"):
+        DecodePlan(replace(cache, v_scale=wider), num_q_heads=8)
+
+
+def test_a_plan_reads_caches_with_gaps_between_blocks_and_without():
+    k, v = [torch.randn(40, 2, 64)], [torch.randn(40, 2, 64)]
+    cache = cache_from_dense(k, v, kv_dtype="fp8_e4m3", scale_granularity="tensor")
+    apart = replace(cache, k=torch.cat([cache.k, cache.k], 2)[:, :, :16], v=torch.cat([cache.v, cache.v], 2)[:, :, :16])
+    q = torch.randn(1, 8, 64).bfloat16()
+    plan = DecodePlan(cache, num_q_heads=8, num_chunks=2)
+    assert torch.equal(plan.run(q, apart), plan.run(q, cache))
+
+
+def test_sinks_of_16_bits_keep_their_digits():
+    sinks = torch.full((8,), 6.3).bfloat16()
+    check([60], kv_heads=1, sinks=sinks)

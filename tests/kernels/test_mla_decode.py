@@ -44,6 +44,26 @@ def test_a_sequence_in_many_pieces():
     check("fp8_e4m3", [330], num_chunks=10, block_n=16)
 
 
+@pytest.mark.parametrize("largest", [4400.0, 1e-3])
+def test_block_scales_of_656_byte_rows_may_be_large_and_small(largest):
+    rows = torch.randn(70, 576)
+    rows *= largest / rows.abs().max()
+    cache = latent_cache_from_rows(rows, kv_dtype="fp8_ds_mla")
+    q = torch.randn(1, 16, 576).bfloat16() / largest
+    plan = MlaPlan(cache, num_heads=16, softmax_scale=192**-0.5, config=Config(32, 4, 2), num_chunks=2)
+    out = plan.run(q, cache, torch.empty(1, 16, 512))
+    assert relative_error(out, reference(q, cache, softmax_scale=192**-0.5)) <= TOLERANCE["fp8_ds_mla"]
+
+
+def test_a_batch_or_head_count_other_than_the_plans_is_refused():
+    one, two = (random_latent_caches(n * [20], kv_dtype="bf16", device="cpu")[0] for n in (1, 2))
+    plan = MlaPlan(one, num_heads=16, softmax_scale=192**-0.5, num_chunks=1)
+    with pytest.raises(ValueError, match="1 sequences of 16"):
+        plan.run(torch.randn(2, 16, 576).bfloat16(), two)
+    with pytest.raises(ValueError, match="1 sequences of 16"):
+        plan.run(torch.randn(1, 8, 576).bfloat16(), one)
+
+
 def test_the_656_byte_row_holds_512_codes_four_scales_and_64_bf16_numbers():
     rows = torch.randn(3, 576) * 5
     stored = encode_rows(rows, "fp8_ds_mla", torch.ones(1))
