@@ -78,6 +78,21 @@ def test_auto_is_fp8_where_a_checkpoint_asks_for_it_and_for_sparse_latents_on_bl
     assert auto(model="deepseek-v3.2", gpu="b200", kv_cache_dtype="bfloat16") == "bfloat16"
 
 
+def test_fp8_of_sparse_latents_is_stored_in_rows_of_656_bytes_below_blackwell() -> None:
+    """512 latents, their 4 scales of 4 B and 64 RoPE values of 2 B, or 576 B; beside an indexer of 132 B; 61 layers."""
+
+    def per_token(gpu: str, dtype: str = "fp8", model: str = "deepseek-v3.2") -> int | float:
+        return plan(model=model, gpu=gpu, tp_size=8, kv_cache_dtype=dtype).kv_cache.bytes_per_token
+
+    assert per_token("h200") == per_token("h200", "fp8_ds_mla") == 61 * (512 + 16 + 128 + 132)
+    assert per_token("b200") == per_token("mi300x") == 61 * (576 + 132)
+    assert per_token("h200", "bfloat16") == 61 * (1152 + 132)
+    assert per_token("h200", model="deepseek-v3") == 61 * 576
+    report = kvplan.report(model="deepseek-v3.2", gpu="h200", tp_size=8, kv_cache_dtype="fp8_ds_mla", engine="sglang",
+                           context_tokens=8192)  # fmt: skip
+    assert "--kv-cache-dtype fp8_e4m3 " in (report.launch[0].command or "")
+
+
 def test_requests_at_once_follow_from_the_tokens() -> None:
     def running(**request: Any) -> int | None:
         return plan(model="8b", gpu="h200", **request).answers.max_running

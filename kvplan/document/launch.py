@@ -19,7 +19,8 @@ from kvplan.memory.engines import ENGINES
 from kvplan.memory.engines.vllm_versions import CURRENT
 from kvplan.memory.setup import Setup
 
-SGLANG_KV = {"bfloat16": "auto", "float16": "auto", "fp8": "fp8_e4m3", "fp8_e4m3": "fp8_e4m3", "fp8_e5m2": "fp8_e5m2"}
+SGLANG_KV = {"bfloat16": "auto", "float16": "auto", "fp8": "fp8_e4m3", "fp8_e4m3": "fp8_e4m3", "fp8_e5m2": "fp8_e5m2",
+             "fp8_ds_mla": "fp8_e4m3"}  # fmt: skip
 TRTLLM_KV = {"bfloat16": "auto", "float16": "auto", "fp8": "fp8", "fp8_e4m3": "fp8", "nvfp4": "nvfp4"}
 """KV formats by our name → what the engine's ``--kv-cache-dtype`` or ``kv_cache_config.dtype`` calls them."""
 

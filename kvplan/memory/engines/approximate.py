@@ -44,6 +44,7 @@ class Rules:
         formats: KV formats it takes; None takes all.
         states_per_request: states one request holds.
         windows: whether sliding-window layers keep the window only (else the whole context).
+        sparse_rows: whether FP8 of sparse latent attention is stored as 656-byte rows (else 576).
         auto: what ``auto`` becomes for a model.
         source: where the rules come from.
 
@@ -56,6 +57,7 @@ class Rules:
     formats: frozenset[str] | None = None
     windows: bool = True
     states_per_request: int = 1
+    sparse_rows: bool = False
     auto: Callable[[ModelConfig], str] | None = None
 
 
@@ -139,7 +141,7 @@ def _pages(cache: object, rules: Rules, model: ModelConfig, fmt: KvFormat, block
             page = replace(page, kind="full", window_tokens=None)
         return (page,)
     if isinstance(cache, LatentCache):
-        return (_latent(cache, fmt, block, options),)
+        return (_latent(cache if rules.sparse_rows else replace(cache, top_k_tokens=None), fmt, block, options),)
     if isinstance(cache, IndexerCache):
         return (indexer_page(cache, block, options.tp_size),)
     if isinstance(cache, StateCache):
@@ -160,4 +162,4 @@ def _latent(cache: LatentCache, fmt: KvFormat, block: int, options: EngineOption
         scales = int(fmt.scale_bytes(width, 0))
         return Page("mla", block, 1, width * fmt.key_bits // 8, scales, tag=f"{fmt.name}:{width}",
                     num_copies=options.tp_size)  # fmt: skip
-    return latent_page(replace(cache, top_k_tokens=None), fmt, block, options)
+    return latent_page(cache, fmt, block, options)

@@ -53,6 +53,7 @@ def plan_cache(model: ModelConfig, options: EngineOptions) -> CachePlan:
         default_block_tokens=page_tokens(model, options),
         windows=any(name == model.architecture and version >= since for name, since in SLIDING_POOLS),
         states_per_request=_states(model, options, version),
+        sparse_rows=_sparse_rows(model, options),
     )
     plan = approximate.plan_cache(rules, model, replace(options, kv_cache_dtype=_kv_dtype(model, options)))
     pools, split = _pools(plan, options)
@@ -68,6 +69,15 @@ def _kv_dtype(model: ModelConfig, options: EngineOptions) -> str:
     asked = quantization is not None and quantization.method == "modelopt" and quantization.kv_cache_declared == "fp8"
     sparse = {"mla", "indexer"} <= model.cache_kinds and (options.sm or 0) >= 100
     return "fp8" if options.kv_cache_dtype == AUTO and (asked or sparse) else options.kv_cache_dtype
+
+
+def _sparse_rows(model: ModelConfig, options: EngineOptions) -> bool:
+    """Whether FP8 latents carry scales and 16-bit RoPE values (``calculate_mla_kv_cache_dim``).
+
+    Those of FlashMLA's kernels for sparse attention do; on AMD and on Blackwell, with TensorRT-LLM's, they are plain.
+    """
+    amd = options.gpu is not None and options.gpu.vendor == "amd"
+    return {"mla", "indexer"} <= model.cache_kinds and not amd and (options.sm or 0) < 100
 
 
 def page_tokens(model: ModelConfig, options: EngineOptions) -> int:
