@@ -24,6 +24,9 @@ SGLANG_KV = {"bfloat16": "auto", "float16": "auto", "fp8": "fp8_e4m3", "fp8_e4m3
 TRTLLM_KV = {"bfloat16": "auto", "float16": "auto", "fp8": "fp8", "fp8_e4m3": "fp8", "nvfp4": "nvfp4"}
 """KV formats by our name → what the engine's ``--kv-cache-dtype`` or ``kv_cache_config.dtype`` calls them."""
 
+LEAST_FRACTION = 0.01
+"""SGLang's fraction below which what it sets aside is the whole GPU."""
+
 SOURCES = {
     "vllm": "vllm serve --help; vllm/engine/arg_utils.py",
     "sglang": "sglang/srt/server_args.py",
@@ -128,6 +131,9 @@ def _sglang(setup: Setup, kv_dtype: str, users: int | None) -> tuple[str | None,
         return None, [f"SGLang has no KV format {kv_dtype}; it takes auto, bf16, fp8_e4m3, fp8_e5m2 and fp4_e2m1"]
     if request.dcp_size > 1:
         return None, ["no launch line: how SGLang splits contexts among GPUs (--dcp-size of newer 0.5.x) was not read"]
+    fraction, chunk = _fraction(setup, "sglang"), request.max_num_batched_tokens
+    if fraction < LEAST_FRACTION and chunk is not None and setup.engine.name != "sglang":
+        return None, [f"no launch line: a chunked prefill of {chunk:,} tokens leaves SGLang no memory on this GPU"]
     ranks, limit = _attention_dp(setup), request.max_num_seqs or users
     options = [
         ("--tp-size", _above_one(request.tp_size * ranks)),
@@ -139,11 +145,11 @@ def _sglang(setup: Setup, kv_dtype: str, users: int | None) -> tuple[str | None,
         ("--max-running-requests", limit and limit * ranks),  # attention ranks share it, replicas have it each
         ("--kv-cache-dtype", SGLANG_KV[kv_dtype]),
         ("--page-size", request.block_size_tokens),
-        ("--chunked-prefill-size", request.max_num_batched_tokens),
+        ("--chunked-prefill-size", chunk),
         ("--swa-full-tokens-ratio", request.swa_full_tokens_ratio),
         ("--mamba-full-memory-ratio", request.mamba_full_memory_ratio),
         ("--disable-radix-cache", None if request.enable_prefix_caching else True),
-        ("--mem-fraction-static", f"{_fraction(setup, 'sglang'):g}"),
+        ("--mem-fraction-static", f"{fraction:g}"),
     ]
     return _command(["python", "-m", "sglang.launch_server", "--model-path", model_reference(setup)], options), []
 

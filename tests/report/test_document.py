@@ -405,6 +405,7 @@ def test_a_line_of_another_engine_has_the_fraction_of_its_own_chunk() -> None:
     assert fraction == pytest.approx(0.903 - 36 / 140, abs=0.02)
     assert launched("sglang", **asked).endswith(f"--chunked-prefill-size 32768 --mem-fraction-static {fraction:g}")
     assert launched("sglang", model="8b", gpu="h200").endswith("--mem-fraction-static 0.903")
+    assert launched("sglang", model="8b", gpu="h100", max_num_batched_tokens=65_536) == ""  # 96 GiB of 80
 
 
 def test_ranks_that_share_experts_are_one_server_of_every_engine() -> None:
