@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
-from math import ceil
+from math import ceil, floor
 from typing import Any
 
 from kvplan.dtypes import kv_format
@@ -142,9 +142,13 @@ def _budget(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[Advice]
     if memory.excess_bytes:
         room = (memory.kv_cache_bytes or 0) - memory.excess_bytes
         most = f"; at most {format_gib(room)} would do" if room > 0 else ""
+        if room > 0 and setup.request.kv_cache_memory_bytes is None:
+            usable = memory.usable_bytes or 1
+            fraction = floor(setup.fraction * (usable - memory.excess_bytes) / usable * 100) / 100
+            most = f"; at most {setup.engine.fraction_flag} {fraction:g} would do"
         yield Advice(
             code="budget_beyond_gpu",
-            message=f"weights, the KV bytes given and the engine's own memory exceed the GPU's memory by "
+            message=f"weights, the KV bytes set aside and the engine's own memory exceed the GPU's memory by "
             f"{format_gib(memory.excess_bytes)}: the engine would run out of memory{most}",
         )
     elif (

@@ -62,6 +62,20 @@ def test_the_fraction_is_of_what_is_free_before_weights_are_loaded() -> None:
     assert memory.kv_cache_bytes == memory.usable_bytes - memory.weights_bytes
 
 
+def test_a_fraction_that_leaves_no_room_for_activations_and_graphs_does_not_fit() -> None:
+    """0.99 of the 78.6 GiB that are free before weights leave 0.79 for activations and graphs, which take 1.54."""
+    asked: dict[str, Any] = {"model": "8b", "gpu": "h100", "engine": "sglang", "context_tokens": 8192}
+    plan = kvplan.size(**asked, gpu_memory_utilization=0.99)
+    memory = plan.memory
+    outside = (memory.activation_bytes or 0) + (memory.graph_bytes or 0) + (memory.overhead_bytes or 0)
+    assert memory.excess_bytes == (memory.usable_bytes or 0) + outside - (memory.total_bytes or 0) > 0
+    assert plan.fits is False and plan.verdict is False
+    assert plan.advice[0].message.endswith("at most --mem-fraction-static 0.98 would do")
+    assert kvplan.size(**asked, gpu_memory_utilization=0.98).fits
+    report = kvplan.report(**asked, gpu_memory_utilization=0.99)
+    assert not report.answers.fits and report.answers.headline.startswith("No: ")
+
+
 def test_the_fraction_follows_the_chunk_the_graphs_and_the_ranks() -> None:
     def reserved(**request: Any) -> float:
         setup = server(model="8b", gpu="h100", **request)

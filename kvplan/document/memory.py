@@ -18,7 +18,7 @@ from kvplan.units import format_count, format_tokens
 WORTH = 1.0005
 """Capacity over what it is now from which a remedy is worth naming."""
 FULL_FRACTION = 0.95
-"""The largest memory fraction that is advised: the rest is for what the engine does not count."""
+"""The largest memory fraction of the whole GPU that is advised: the rest is for what the engine does not count."""
 
 REASONS = {
     "null_block": "the engine keeps one block that no request may use",
@@ -31,6 +31,7 @@ REASONS = {
     "pool_split": "memory is dealt to pools at start-up, and requests fill one of them first",
     "unused": "no whole further user fits",
     "reserve": "left to what the engine does not count: other processes, fragmentation",
+    "set_aside": "the engine sets it aside for activations and graphs, whose peak is an estimate",
 }
 """Why each loss is there, by the names of ``kvplan.memory.ledger`` and the segments."""
 
@@ -142,7 +143,7 @@ def _line(plans: Plans, now: Holds, line: tuple[str, str, int]) -> Waste:
         then = _holds_with(plans.setup, remedy.edits)
         if then is not None and then.fractional > now.fractional * WORTH and (best is None or then > best[0]):
             best = (then, remedy.words)
-    note = REASONS.get(name, "")
+    note = REASONS.get("set_aside" if name == "reserve" and plans.setup.engine.fraction_of == "static" else name, "")
     if best is None:
         return Waste(name=name, label=label, bytes=size, share=share, note=note)
     then, words = best
@@ -182,9 +183,10 @@ def _remedies(setup: Setup, cache: CachePlan, name: str) -> list[Remedy]:
             found.append(Remedy(f"TP {tp} × {dp} replicas (--tp {tp} --dp {dp})", {"tp_size": tp, "dp_size": dp}))
         return found
     if name == "reserve":
-        flag = setup.engine.fraction_flag
-        edits = {"gpu_memory_utilization": FULL_FRACTION}
-        return [Remedy(f"{flag} {FULL_FRACTION:g}", edits)] if setup.fraction < FULL_FRACTION else []
+        flag, full = setup.engine.fraction_flag, FULL_FRACTION
+        if setup.engine.fraction_of == "static":  # its default leaves what activations and graphs need
+            full = setup.engine.default_fraction(setup.model, setup.options).value
+        return [Remedy(f"{flag} {full:g}", {"gpu_memory_utilization": full})] if setup.fraction < full else []
     found = []
     if name == "state_copies" and request.enable_prefix_caching:
         found.append(Remedy("--no-enable-prefix-caching", {"enable_prefix_caching": False}))

@@ -39,7 +39,11 @@ class Term:
 
 @dataclass(frozen=True)
 class Budget:
-    """Memory of one GPU, in the order it is taken: usable − weights − activation − graphs − overhead = KV."""
+    """Memory of one GPU, in the order it is taken: usable − weights − activation − graphs − overhead = KV.
+
+    ``kv_is_set`` says that KV bytes were given, or a fraction for weights and KV alone: the engine takes them as they
+    are, room or not for the rest.
+    """
 
     total: Term
     usable: Term
@@ -48,6 +52,7 @@ class Budget:
     graphs: Term
     overhead: Term
     kv_cache: Term
+    kv_is_set: bool
 
     @property
     def kv_bytes(self) -> int | None:
@@ -56,9 +61,9 @@ class Budget:
 
     @property
     def excess_bytes(self) -> int:
-        """What KV bytes that were given are, with all the rest, beyond the GPU's memory; 0 where not known to be."""
+        """What KV bytes that were set are, with all the rest, beyond the GPU's memory; 0 where not known to be."""
         total, kv = self.total.value_bytes, self.kv_bytes
-        if total is None or kv is None or self.kv_cache.source != "given":
+        if total is None or kv is None or kv <= 0 or not self.kv_is_set:
             return 0
         rest = (self.weights, self.activation, self.graphs, self.overhead)
         return max(kv + sum(term.value_bytes or 0 for term in rest) - total, 0)
@@ -96,6 +101,8 @@ def memory_budget(model: ModelConfig | None, weights: WeightBytes | None, inputs
     others = (weight.value_bytes or 0) + (activation.value_bytes or 0) + (graphs.value_bytes or 0)
     others += overhead.value_bytes or 0
     usable = _usable(inputs, total, overhead, others)
+    static = inputs.engine.fraction_of == "static"
+    kv_is_set = inputs.kv_cache_memory_bytes is not None or (static and inputs.fraction_given)
     if inputs.kv_cache_memory_bytes is not None:
         kv = Term(inputs.kv_cache_memory_bytes, "given", "given; the budget is skipped", "--kv-cache-memory-bytes")
     elif usable.value_bytes is None or weight.value_bytes is None:
@@ -106,13 +113,12 @@ def memory_budget(model: ModelConfig | None, weights: WeightBytes | None, inputs
             "--gpu",
         )
     else:
-        static = inputs.engine.fraction_of == "static"
         if static:
             activation, graphs, overhead = (_outside(term) for term in (activation, graphs, overhead))
             overhead = replace(overhead, detail=f"{overhead.detail}, taken before weights are loaded")
         left = usable.value_bytes - (weight.value_bytes if static else others)
         kv = Term(left, "assumed", "what is left of usable memory", "--kv-cache-memory-bytes")
-    return Budget(total, usable, weight, activation, graphs, overhead, kv)
+    return Budget(total, usable, weight, activation, graphs, overhead, kv, kv_is_set)
 
 
 OUTSIDE = "outside the fraction: "

@@ -88,7 +88,8 @@ class TermSource:
 class Memory:
     """Memory of one GPU in bytes; None is unknown. ``sources`` has an entry for each term.
 
-    ``excess_bytes`` is what KV bytes that were given are, with all other terms, beyond the GPU's memory.
+    ``excess_bytes`` is what KV bytes that were given, or set aside by a fraction given for weights and KV, are, with
+    all other terms, beyond the GPU's memory.
     """
 
     total_bytes: int | None
@@ -242,7 +243,7 @@ class SizePlan:
 
     @property
     def verdict(self) -> bool | None:
-        """``fits``, and False wherever the KV bytes given are more than the GPU has."""
+        """``fits``, and False wherever the KV bytes given or set aside are more than the GPU has."""
         return False if self.memory.excess_bytes else self.fits
 
     @property

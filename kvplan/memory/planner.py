@@ -80,7 +80,7 @@ def resolved_request(setup: Setup, plan: CachePlan) -> SizeRequest:
 def fits(setup: Setup, plan: CachePlan, budget: Budget) -> bool | None:
     """Whether the engine starts (one request of the longest length) and the batch asked for is held at once.
 
-    KV bytes beyond the GPU hold no load; without a load, the question is the allocator's alone.
+    KV bytes that were set beyond the GPU hold no load; without a load, the question is the allocator's alone.
     """
     available_bytes, request = budget.kv_bytes, setup.request
     if available_bytes is None:

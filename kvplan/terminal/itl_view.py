@@ -138,8 +138,12 @@ def _is_too_large(served: Served) -> bool:
 
 def _too_large(served: Served) -> str:
     short = format_bytes(-(served.available_bytes or 0))
-    if served.setup.request.kv_cache_memory_bytes is not None:
+    request, engine = served.setup.request, served.setup.engine
+    if request.kv_cache_memory_bytes is not None:
         return f"does not fit: the KV bytes given are {short} more than each GPU has left"
+    if request.gpu_memory_utilization is not None and engine.fraction_of == "static":
+        fraction = f"{engine.fraction_flag} {request.gpu_memory_utilization:g}"
+        return f"does not fit: with {fraction}, {short} are missing on each GPU"
     return f"does not fit: weights and the engine's own memory exceed usable memory by {short} a GPU before any KV"
 
 

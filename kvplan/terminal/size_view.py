@@ -103,7 +103,7 @@ def _verdict(console: Console, plan: SizePlan) -> None:
         return
     if plan.memory.excess_bytes:
         excess = format_gib(plan.memory.excess_bytes)
-        _line(console, f"DOES NOT FIT: the KV bytes given are {excess} more than each GPU has left", "bold red")
+        _line(console, f"DOES NOT FIT: the KV bytes set aside are {excess} more than each GPU has left", "bold red")
     elif plan.fits:
         free = (plan.memory.kv_cache_bytes or 0) - answers.kv_needed_bytes_per_gpu
         _line(console, f"FITS: {what}, with {format_gib(free)} of KV to spare on each GPU", "bold green")

@@ -220,6 +220,16 @@ def test_memory_outside_the_fraction_is_waste_and_a_higher_fraction_wins_users(c
     assert line.wins_users == (more.answers.max_batch_at_context or 0) - 73
 
 
+def test_what_sglang_sets_aside_for_activations_is_not_users_to_win_beyond_its_default() -> None:
+    def reserve(**asked: float) -> Any:
+        report = kvplan.report(model="8b", gpu="h100", engine="sglang", context_tokens=8192, date=DATE, **asked)
+        return next(line for line in report.waste if line.name == "reserve")
+
+    assert reserve().fix is None and "activations and graphs" in reserve().note
+    assert reserve(gpu_memory_utilization=0.7).fix == "--mem-fraction-static 0.83"
+    assert reserve(gpu_memory_utilization=0.9).fix is None
+
+
 def test_windows_reserve_tokens_in_flight_and_fewer_batched_tokens_win_them_back() -> None:
     report = kvplan.report(model="gemma-3-27b", gpu="h100", tp_size=2, context_tokens="32k", concurrency=16,
                            kv_cache_dtype="fp8", date=DATE)  # fmt: skip
