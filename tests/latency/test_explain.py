@@ -29,6 +29,12 @@ def test_collectives_run_over_the_gpus_own_link_and_add_up(kvplan_cli: Callable[
     assert link == "NVLink" or "NVLink" not in out
 
 
+def test_a_fraction_that_leaves_activations_no_room_quotes_no_line(kvplan_cli: Callable[..., Ran]):
+    out = kvplan_cli("itl", "--model", "8b", "--gpu", "h100", "--engine", "sglang", "--ctx", "8k", "--batch", "30",
+                     "--mem-fraction-static", "0.99").out  # fmt: skip
+    assert "does not fit: with --mem-fraction-static 0.99, 773.1 MiB are missing on each GPU" in " ".join(out.split())
+
+
 def test_one_gpu_has_no_collectives(kvplan_cli: Callable[..., Ran]):
     out = kvplan_cli("itl", "--model", "8b", "--gpu", "h100", "--ctx", "8k", "--explain").out
     assert "one GPU: none" in out and "a collective" not in out
