@@ -295,7 +295,7 @@ def _pool_split(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[Adv
 def better_split(setup: Setup, plan: CachePlan, kv_bytes: int) -> tuple[str, float] | None:
     """(option, gain in requests) of a share of windows or states that fits the context; None where little is won."""
     context, needs = setup.context_tokens, plan.pool_needs(setup.context_tokens)
-    if kv_bytes <= 0 or len(needs) != 2 or not needs.get("tokens"):
+    if kv_bytes <= 0 or len(needs) != 2 or not needs.get("tokens") or setup.counts_states:
         return None
     if "windows" in needs:  # beside the windows, that pool holds the chunks of two prefills in flight
         blocks = {pool.name: max(plan.groups[i].blocks(context, 0) for i in pool.groups) for pool in plan.pools}

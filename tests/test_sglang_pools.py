@@ -11,7 +11,7 @@ import pytest
 import kvplan
 from kvplan.check.basis import basis_of
 from kvplan.check.log import read_stream
-from kvplan.errors import InputError
+from kvplan.errors import InputError, UnsupportedError
 from kvplan.latency.capacity import max_batches
 from kvplan.memory.plan import SizePlan
 from kvplan.memory.request import make_request
@@ -215,3 +215,20 @@ def test_the_ratios_of_a_servers_pools_are_those_of_its_plan() -> None:
     request = basis_of(log, {"gpu": "h100"}).options
     assert (request["mamba_full_memory_ratio"], request["swa_full_tokens_ratio"]) == (1.44, 0.5)
     assert kvplan.size(**request).kv_cache.capacity_tokens == pytest.approx(62_900, rel=0.005)
+
+
+def test_without_a_radix_cache_states_are_as_many_as_the_requests_that_were_stated() -> None:
+    """And one of padding; tokens have the rest, and no ratio is advised."""
+    found = plan(model="qwen3.5-27b", gpu="h100", enable_prefix_caching=False, max_num_seqs=8, batch_size=8)
+    kv = found.memory.kv_cache_bytes
+    state = 153_944_064
+    assert kv and found.kv_cache.capacity_tokens == pytest.approx((kv - 9 * state) / 65_536, abs=1)
+    assert (found.fits, found.answers.max_batch_at_context) == (True, 8)
+    assert not [advice for advice in found.advice if advice.code == "pool_split"]
+    assert f"8 requests and one of padding × {state:,} B" in "".join(rule.formula for rule in found.rules)
+    assert sum(line.bytes for line in found.ledger) == kv
+    more = plan(model="qwen3.5-27b", gpu="h100", enable_prefix_caching=False, max_num_seqs=32, batch_size=32)
+    short = 33 * state + 32 * 8192 * 65_536 - (more.memory.kv_cache_bytes or 0)
+    assert (more.fits, more.answers.kv_short_bytes_per_gpu) == (False, pytest.approx(short, abs=2))
+    with pytest.raises(UnsupportedError, match="the states of 8,192 requests take"):
+        plan(model="qwen3.5-27b", gpu="h100", enable_prefix_caching=False, max_num_seqs=8192)

@@ -21,6 +21,7 @@ class Pool:
         share: of the KV bytes.
         groups: indices of the groups in it.
         padding_blocks: blocks of it that no request can use.
+        fixed_bytes: its size where that is not a share of the memory; ``share`` is then what it comes to.
 
     """
 
@@ -28,6 +29,7 @@ class Pool:
     share: float
     groups: tuple[int, ...]
     padding_blocks: int = 0
+    fixed_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,10 @@ class CachePlan:
 
     def bytes_to_hold(self, num_requests: int, context_tokens: int) -> int:
         """KV bytes of a GPU that hold ``num_requests`` of ``context_tokens``, with what no request can use."""
+        if (fixed := sum(pool.fixed_bytes for pool in self.pools)) > 0:
+            needs, rest = self.pool_needs(context_tokens), sum(p.share for p in self.pools if not p.fixed_bytes)
+            others = (needs[p.name] * rest / p.share for p in self.pools if not p.fixed_bytes)
+            return fixed + ceil(num_requests * max(others))
         needed = num_requests * self.bytes_per_request(context_tokens)
         padded = (
             ceil((num_requests * self.pool_request_blocks(p) + p.padding_blocks) * self._pool_block_bytes(p) / p.share)

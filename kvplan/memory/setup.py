@@ -93,6 +93,12 @@ class Setup:
         )
 
     @property
+    def counts_states(self) -> bool:
+        """Whether SGLang has a state for each request it was told to run, and no ratio: prefixes keep none."""
+        stated = self.request.max_num_seqs is not None and not self.request.enable_prefix_caching
+        return stated and self.engine.name == "sglang" and "state" in self.model.cache_kinds
+
+    @property
     def runs_at_once(self) -> bool:
         """Whether the scheduler, as it was told, lets the whole batch run at once."""
         return self.at_once(self.batch_per_replica) == self.batch_per_replica
@@ -150,9 +156,10 @@ def set_up(request: SizeRequest) -> Setup:
     )
     given = request.gpu_memory_utilization
     fraction = engine.default_fraction(model, options) if given is None else MemoryFraction(given)
-    return _with_limit_for_batch(
-        Setup(request, model, has_model, engine, gpu, options, batched, fraction, context, max_len)
-    )
+    setup = Setup(request, model, has_model, engine, gpu, options, batched, fraction, context, max_len)
+    if setup.counts_states:
+        options = replace(options, kv_bytes=budget_of(setup, weights_of(setup)).kv_bytes)
+    return _with_limit_for_batch(replace(setup, options=options))
 
 
 def _with_limit_for_batch(setup: Setup) -> Setup:

@@ -22,7 +22,8 @@ class EngineOptions:
 
     ``version`` is a tuple such as ``(0, 33)``, or None for the rule set's own; ``tokens_in_flight`` is what vLLM
     calls ``max_in_flight_tokens``; ``gpu`` is None when only the model's needs are asked for; ``running_limit`` is a
-    stated ``max_num_seqs``, ``longest_tokens`` the longest request the server is told of; ratios of pools are SGLang's.
+    stated ``max_num_seqs``, ``longest_tokens`` the longest request the server is told of; ratios of pools are SGLang's,
+    ``kv_bytes`` the KV memory of one GPU where a pool of states depends on it.
     """
 
     kv_cache_dtype: str
@@ -39,6 +40,7 @@ class EngineOptions:
     max_num_seqs: int = 1024
     running_limit: int | None = None
     longest_tokens: int = 0
+    kv_bytes: int | None = None
     swa_full_tokens_ratio: float | None = None
     mamba_full_memory_ratio: float | None = None
     version: tuple[int, ...] | None = None

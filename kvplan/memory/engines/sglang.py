@@ -13,11 +13,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kvplan.dtypes import AUTO
+from kvplan.errors import UnsupportedError
 from kvplan.memory.cache_plan import CachePlan, Pool
 from kvplan.memory.engines import approximate
 from kvplan.memory.engines.options import EngineOptions
 from kvplan.memory.engines.sglang_memory import rules_version
 from kvplan.model_config.types import ModelConfig
+from kvplan.units import format_gib
 
 FORMATS = frozenset({"bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2", "nvfp4", "fp8_ds_mla"})
 RULES = approximate.Rules("sglang", "0.5", 1, "sglang/srt/mem_cache/memory_pool.py", FORMATS)
@@ -108,7 +110,12 @@ def _pools(plan: CachePlan, options: EngineOptions) -> tuple[tuple[Pool, ...], l
         members[POOL_OF.get(group.pages[0].kind, "tokens")].append(index)
     full, windows = (sum(plan.groups[i].bytes_per_block for i in members[name]) for name in ("tokens", "windows"))
     rules, shares, left = [], {}, 1.0
-    if members["states"] and full + windows:
+    taken = 0
+    if members["states"] and full + windows and options.running_limit and (options.kv_bytes or 0) > 0:
+        taken, rule = _counted_states(plan, members["states"], options.running_limit, options.kv_bytes or 0)
+        left = 1 - (taken + 1) / (options.kv_bytes or 1)  # a byte more, for shares are rounded
+        rules.append(rule)
+    elif members["states"] and full + windows:
         left = 1 / (1 + states)
         rules.append(("pool of states", f"{states:g} / (1 + {states:g}) of the KV memory",
                       "sglang/srt/mem_cache/kv_cache_configurator.py _handle_max_mamba_cache"))  # fmt: skip
@@ -119,8 +126,29 @@ def _pools(plan: CachePlan, options: EngineOptions) -> tuple[tuple[Pool, ...], l
                       "sglang/srt/model_executor/pool_configurator.py HybridSWAPoolConfigurator"))  # fmt: skip
     shares["tokens" if full else "windows"] = left - shares.get("windows", 0.0)
     shares["states"] = 1 - left or 1.0
-    pools = (Pool(n, shares[n], tuple(found), int(n == "states")) for n, found in members.items() if found)
+    pools = (
+        Pool(n, shares[n], tuple(found), int(n == "states"), taken if n == "states" else 0)
+        for n, found in members.items()
+        if found
+    )
     return tuple(pools), rules
+
+
+def _counted_states(plan: CachePlan, groups: list[int], requests: int, kv_bytes: int
+                    ) -> tuple[int, tuple[str, str, str]]:  # fmt: skip
+    """Bytes of a state for each request and one of padding, without a radix cache; and the rule.
+
+    Raises:
+        UnsupportedError: they leave nothing for tokens.
+
+    """
+    state = max(sum(ranks[index].bytes_per_block for index in groups) for ranks in plan.rank_groups)
+    taken = (requests + 1) * state
+    if taken + 1 >= kv_bytes:
+        raise UnsupportedError(f"the states of {requests:,} requests take {format_gib(taken)}, and there are "
+                               f"{format_gib(kv_bytes)} for them and tokens", hint="lower --max-num-seqs")  # fmt: skip
+    return taken, ("pool of states", f"{requests:,} requests and one of padding × {state:,} B = {taken:,} B",
+                   "sglang/srt/mem_cache/kv_cache_configurator.py _handle_max_mamba_cache")  # fmt: skip
 
 
 def running_limit(plan: CachePlan, available_bytes: int, longest_tokens: int) -> tuple[int, str, str]:
