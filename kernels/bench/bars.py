@@ -15,13 +15,12 @@ from pathlib import Path
 import torch
 import triton
 
-from ..device import architecture
 from ..mla_decode import FORMAT_CODES
 from . import decode_attention as decode
 from . import mla_decode as latent
 from . import peers
 from . import read_roofline as roofline
-from .choose import choose
+from .choose import choose, is_default
 from .decode_attention import DecodeCell
 
 CONTEXTS = (8192, 16384, 32768, 49152, 65536)
@@ -128,7 +127,7 @@ class Run:
         cell = DecodeCell((CONTEXTS[0],) * batch, **kind)
         self.gate(name, cell)
         cell = replace(cell, config=choose(cell, device=self.device))
-        if cell.config != cell.shape.configs(architecture(self.device))[0]:
+        if not is_default(cell, self.device):
             self.gate(name, cell)
         points = []
         for context in CONTEXTS:

@@ -60,6 +60,11 @@ def choice_key(cell: DecodeCell, gpu: str) -> str:
     return " ".join(map(str, (*parts, cell.block_size_tokens, cell.head_dim, cell.group_size)))
 
 
+def is_default(cell: DecodeCell, device: str = "cuda") -> bool:
+    """Whether `cell` has the configuration that a plan takes unless told: what a gate without one has compared."""
+    return cell.config in (None, cell.shape.configs(architecture(device))[0])
+
+
 def choose(cell: DecodeCell, *, device: str = "cuda", time_cell=measure) -> Config:
     """The fastest of at most four configurations for cells like `cell`: remembered, or measured now and remembered.
 

@@ -80,8 +80,7 @@ def _above_one(count: int) -> int | None:
 
 def _attention_dp(setup: Setup) -> int:
     """Data-parallel ranks that one server spans because they share the experts; 1 where each is a replica."""
-    shares = setup.request.ep or (setup.engine.experts_span_dp and setup.model.is_moe)
-    return setup.request.dp_size if shares else 1
+    return setup.request.dp_size if setup.shares_experts or setup.request.ep else 1
 
 
 def _fraction(setup: Setup, engine: str) -> float:

@@ -21,12 +21,11 @@ from kvplan.kernels.append_kv import append_kv
 from kvplan.kernels.bench import decode_attention as plain
 from kvplan.kernels.bench import mla_decode as latent
 from kvplan.kernels.bench import peers, read_roofline
-from kvplan.kernels.bench.choose import MEASURED_TOKENS, choose
+from kvplan.kernels.bench.choose import MEASURED_TOKENS, choose, is_default
 from kvplan.kernels.bench.decode_attention import DecodeCell, graph_repeats
 from kvplan.kernels.bench.mla_decode import MlaCell
 from kvplan.kernels.bench.timing import time_calls
 from kvplan.kernels.decode_attention import DecodePlan
-from kvplan.kernels.device import architecture
 from kvplan.kernels.latent_cache import SOFTMAX_SCALE, LatentCache
 from kvplan.kernels.mla_decode import MlaPlan
 from kvplan.kernels.paged_cache import PagedKvCache
@@ -139,7 +138,7 @@ class CudaBackend:
     def _gate_choice(self, cell: DecodeCell, seed: int) -> None:
         """Compare a chosen configuration with the reference, once, before it is timed: the gate had the default one."""
         chosen = replace(cell, seq_lens=(1,))
-        if chosen.config == cell.shape.configs(architecture(DEVICE))[0] or chosen in self._gated:
+        if is_default(chosen, DEVICE) or chosen in self._gated:
             return
         record = plain.gate(chosen, device=DEVICE, seed=seed)
         if not record["passed"]:
