@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .formats import int4_plane_dims
 from .paged_cache import PagedKvCache
 
 SMALLEST_SCALE = tl.constexpr(1e-12)
@@ -112,9 +113,8 @@ def _append(
 
 
 @triton.jit
-def _append_int4_row(new_at, row_ptr, scale_ptr, global_scale, D: tl.constexpr):
+def _append_int4_row(new_at, row_ptr, scale_ptr, global_scale, D: tl.constexpr, PLANE: tl.constexpr):
     """One row of an int4 cache: a scale a block, then codes, four planes to a word."""
-    PLANE: tl.constexpr = min(32, D // 4)
     SECTIONS: tl.constexpr = D // (4 * PLANE)
     blocks = tl.arange(0, D // 32)
     x = tl.load(new_at + tl.arange(0, D)).to(tl.float32).reshape([D // 32, 32])
@@ -174,6 +174,7 @@ def _append4(
     stride_scale_token,
     stride_scale_head,
     D: tl.constexpr,
+    PLANE: tl.constexpr,  # of an int4 row
     PAGE: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
@@ -187,8 +188,8 @@ def _append4(
         row = page * stride_page + in_page * stride_token + head * stride_head
         scale = page * stride_scale_page + in_page * stride_scale_token + head * stride_scale_head
         if FORMAT == 4:
-            _append_int4_row(k_new_ptr + new_at, k_ptr + row, k_scale_ptr + scale, tl.load(global_ptr), D)
-            _append_int4_row(v_new_ptr + new_at, v_ptr + row, v_scale_ptr + scale, tl.load(global_ptr + 1), D)
+            _append_int4_row(k_new_ptr + new_at, k_ptr + row, k_scale_ptr + scale, tl.load(global_ptr), D, PLANE)
+            _append_int4_row(v_new_ptr + new_at, v_ptr + row, v_scale_ptr + scale, tl.load(global_ptr + 1), D, PLANE)
         else:
             _append_nvfp4_row(k_new_ptr + new_at, k_ptr + row, k_scale_ptr + scale, tl.load(global_ptr), D)
             _append_nvfp4_row(v_new_ptr + new_at, v_ptr + row, v_scale_ptr + scale, tl.load(global_ptr + 1), D)
@@ -210,6 +211,7 @@ def append_kv(k: torch.Tensor, v: torch.Tensor, cache: PagedKvCache, slots: torc
             *(k, v, cache.k, cache.v, cache.k_scale, cache.v_scale, cache.global_scales, slots),
             *(k.stride(0), k.stride(1), *rows.stride()[:3], *cache.k_scale.transpose(1, 2).stride()[:3]),
             D=cache.head_dim,
+            PLANE=int4_plane_dims(cache.head_dim),
             PAGE=cache.block_size_tokens,
             FORMAT=cache.fmt.code,
             num_warps=1,

@@ -137,6 +137,7 @@ def attend_int4(
     GP: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
+    PLANE: tl.constexpr,  # dims of a plane of a row
     PAGE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
@@ -156,7 +157,6 @@ def attend_int4(
     if chunk >= chunks:
         return
 
-    PLANE: tl.constexpr = min(32, D // 4)
     SECTIONS: tl.constexpr = D // (4 * PLANE)
     heads = tl.arange(0, GP)
     words = tl.arange(0, PLANE)

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from ..configs import INLINE_TILES, Config, decode_configs, inline_config, padded_head_dim
-from ..formats import KvFormat
+from ..formats import KvFormat, int4_plane_dims
 from ..paged_cache import PagedKvCache
 from .join import NARROW
 from .kernel import attend
@@ -111,6 +111,7 @@ class DecodeShape:
             "DP": dim_padded,
             "DA": first_dims,
             "DB": rest_dims,
+            "PLANE": int4_plane_dims(self.head_dim),
             "PAGE": self.block_size_tokens,
             "BLOCK_N": config.block_n,
             "STAGES": config.num_stages,
