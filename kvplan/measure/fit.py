@@ -6,7 +6,6 @@ Latent attention has a form of its own (``kvplan.calibration.latent``), fitted a
 from __future__ import annotations
 
 import datetime
-from pathlib import Path
 from typing import Any
 
 from kvplan.calibration import store
@@ -14,7 +13,7 @@ from kvplan.calibration.calibrate import calibrate_file
 from kvplan.calibration.document import write_json
 from kvplan.calibration.latent import latent_from_json, samples_document
 from kvplan.calibration.schema import attention_from_json
-from kvplan.errors import InputError, KvplanError
+from kvplan.errors import KvplanError
 from kvplan.gpu import GpuSpec, load_gpu
 from kvplan.measure.analysis import CalibrationResult, cell_rows, compare
 from kvplan.measure.backend import Environment
@@ -28,7 +27,6 @@ def calibrate_run(folder: RunFolder, environment: Environment, roofline_bytes_pe
     try:
         document, predictor = fit_run(folder, gpu, environment.kvplan)
         path = store.user_folder() / f"{document['name']}.json"
-        _make(path.parent)
         write_json(path, document, force=True)
     except KvplanError as error:
         hint = f" ({error.hint})" if error.hint else ""
@@ -71,10 +69,3 @@ def gpu_of(environment: Environment, roofline_bytes_per_s: float) -> GpuSpec:
         l2_cache_bytes=environment.l2_cache_bytes, num_sms=environment.num_sms,
         facts={"memory_bandwidth_bytes_per_s": measured},
     )  # fmt: skip
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be made ({error.strerror or type(error).__name__})") from error

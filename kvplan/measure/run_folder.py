@@ -105,10 +105,6 @@ def create(path: Path, request: MeasureRequest, environment: Environment) -> Run
     """
     if (path / "request.json").exists() or (path / "samples.jsonl").exists():
         raise InputError(f"{path} holds a run already", hint=f"go on with --resume {path}, or choose another -o")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be made ({error.strerror or type(error).__name__})") from error
     write_text(
         path / "environment.json",
         json.dumps({**environment.as_dict(), "time": timestamp()}, indent=2) + "\n",
