@@ -11,6 +11,7 @@ from typing import Any
 from kvplan.dtypes import kv_format
 from kvplan.errors import KvplanError
 from kvplan.memory.cache_plan import CachePlan
+from kvplan.memory.limits import kv_bytes_for, most_held
 from kvplan.memory.plan import Advice, FormatRow, SizePlan
 from kvplan.memory.planner import fits
 from kvplan.memory.setup import Setup, budget_of, cache_plan, set_up, weights_of
@@ -49,7 +50,7 @@ def _does_not_fit(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[A
     memory, answers = answer.memory, answer.answers
     if answers.num_waiting and not answers.kv_short_bytes_per_gpu:
         return
-    remedy = _what_would_fit(setup, plan, answer)
+    remedy, longest = _what_would_fit(setup, plan, answer), _longest_that_starts(setup, plan, answer)
     if memory.kv_cache_bytes is not None and memory.kv_cache_bytes <= 0:
         yield Advice(
             code="weights_do_not_fit",
@@ -58,11 +59,10 @@ def _does_not_fit(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[A
         )
         return
     if answer.too_long_tokens is not None:
-        longest, most = answer.too_long_tokens, answers.max_context_at_batch_tokens or answers.context_tokens
         yield Advice(
             code="does_not_fit",
-            message=f"the engine refuses to start: its longest request, {format_tokens(longest)} tokens, is more than "
-            f"the KV memory holds; --max-model-len {most} would do{remedy}",
+            message=f"the engine refuses to start: its longest request, {format_tokens(answer.too_long_tokens)} "
+            f"tokens, is more than the KV memory holds; --max-model-len {longest} would do{remedy}",
         )
         return
     parts = []
@@ -72,9 +72,17 @@ def _does_not_fit(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[A
     if answers.max_context_at_batch_tokens:
         who = f"batch {answers.batch_size}" if answers.batch_size else "one request"
         parts.append(f"{who} at {format_tokens(answers.max_context_at_batch_tokens)} tokens")
-    room = f"; what fits: {' or '.join(parts)}" if parts else ""
+    starting = "" if longest is None else f", with --max-model-len {longest}"
+    room = f"; what fits{starting}: {' or '.join(parts)}" if parts else ""
     short = format_gib(answers.kv_short_bytes_per_gpu)
     yield Advice(code="does_not_fit", message=f"KV is short by {short} per GPU{room}{remedy}")
+
+
+def _longest_that_starts(setup: Setup, plan: CachePlan, answer: SizePlan) -> int | None:
+    """The longest request with which the engine starts; None where the one it was told of does, or none would."""
+    available = kv_bytes_for(setup, setup.batch_per_replica, answer.memory.kv_cache_bytes or 0)
+    told = setup.request.max_model_len_tokens
+    return None if told is None or plan.fits_one(available, told) else plan.max_context(available, 1, told)
 
 
 def _what_would_fit(setup: Setup, plan: CachePlan, answer: SizePlan) -> str:
@@ -87,9 +95,9 @@ def _what_would_fit(setup: Setup, plan: CachePlan, answer: SizePlan) -> str:
     options += [f"--tp {tp}" for tp in itertools.islice(larger, 1)]
     available = answer.memory.kv_cache_bytes
     if available is not None and available > 0:
-        rows = [row for row in answer.comparison if row.forbidden is None and (row.effective_gain or 0) > 1]
-        held = [r.kv_cache_dtype for r in rows if (r.max_batch_at_context or 0) >= (setup.request.batch_size or 1)]
-        options += [f"--kv-cache-dtype {name}" for name in held[:1]]
+        rows = (row for row in answer.comparison if row.forbidden is None and (row.effective_gain or 0) > 1)
+        held = (r.kv_cache_dtype for r in rows if _fits_with(setup, kv_cache_dtype=r.kv_cache_dtype))
+        options += [f"--kv-cache-dtype {name}" for name in itertools.islice(held, 1)]
     return f"; it would fit with {' or '.join(options)}" if options else ""
 
 
@@ -120,8 +128,8 @@ def _scheduler(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[Advi
         yield Advice(
             code="max_num_seqs",
             message=f"--max-num-seqs {setup.request.max_num_seqs} lets {answers.max_running:,} of "
-            f"{format_count(answers.batch_size or 1, 'request')} run at once, and the rest wait; "
-            f"--max-num-seqs {setup.batch_per_replica} would let all of them",
+            f"{format_count(answers.batch_size or 1, 'request')} run at once, and the rest wait"
+            f"{_higher_limit(setup, plan, answer)}",
         )
         return
     stated, most = setup.request.max_num_seqs, max(answers.batch_size or 0, answers.max_batch_at_context or 0)
@@ -134,6 +142,18 @@ def _scheduler(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[Advi
     else:
         wanted = f"more, up to the {most:,} that are held, take --max-num-seqs"
     yield Advice(code="max_num_seqs", message=f"{runs}: {wanted}")
+
+
+def _higher_limit(setup: Setup, plan: CachePlan, answer: SizePlan) -> str:
+    """The limit that would let all requests run, or as many as KV memory holds; empty where that is no more."""
+    unlimited = set_up(replace(setup.request, max_num_seqs=None))
+    held = most_held(unlimited, plan, answer.memory.kv_cache_bytes or 0)
+    limit = min(held, setup.batch_per_replica)
+    running = min(limit * setup.num_replicas, setup.request.batch_size or 1)
+    if limit <= (setup.request.max_num_seqs or 0) or not _fits_with(setup, max_num_seqs=limit, batch_size=running):
+        return ""
+    who = "all of them" if held >= setup.batch_per_replica else f"{running:,}, as many as the KV memory holds"
+    return f"; --max-num-seqs {limit} would let {who}"
 
 
 def _budget(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[Advice]:
@@ -302,13 +322,19 @@ def better_split(setup: Setup, plan: CachePlan, kv_bytes: int) -> tuple[str, flo
         chunks = 2 * setup.batched_tokens / plan.block_size_tokens
         then = (kv_bytes - chunks * needs["windows"] / blocks["windows"]) / sum(needs.values())
         ratio = (blocks["windows"] + chunks / then) / blocks["tokens"] if then >= 1 else 1.0
-        flag = f"--swa-full-tokens-ratio {ceil(ratio * 100) / 100:g}"
+        name, ratio = "swa_full_tokens_ratio", min(ceil(ratio * 100) / 100, 1.0)
     else:
-        ratio = ceil(needs["states"] / needs["tokens"] * 100) / 100
-        then = kv_bytes / needs["tokens"] / (1 + ratio)
-        flag = f"--mamba-full-memory-ratio {ratio:g}"
-    gain = then * plan.bytes_per_request(context) / kv_bytes
-    return (flag, gain) if gain >= WORTH_SAYING else None
+        name, ratio = "mamba_full_memory_ratio", ceil(needs["states"] / needs["tokens"] * 100) / 100
+    change: dict[str, Any] = {name: ratio}
+    other = cache_plan(replace(setup, options=replace(setup.options, **change)))
+    now, then = (_held(each, kv_bytes, context) for each in (plan, other))
+    return (f"--{name.replace('_', '-')} {ratio:g}", then / now) if now and then >= now * WORTH_SAYING else None
+
+
+def _held(plan: CachePlan, kv_bytes: int, context_tokens: int) -> float:
+    """Requests held, before rounding down to whole ones."""
+    padded = (plan.pool_blocks(pool, kv_bytes) / plan.pool_request_blocks(pool) for pool in plan.padded_pools)
+    return min([kv_bytes / plan.bytes_per_request(context_tokens), *padded])
 
 
 def _declared(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[Advice]:

@@ -17,6 +17,7 @@ from kvplan.errors import InputError, KvplanError, UnsupportedError
 from kvplan.gpu import gpu_names, load_gpu
 from kvplan.memory.cache_plan import CachePlan
 from kvplan.memory.ledger import LABELS, waste_ledger
+from kvplan.memory.limits import most_held
 from kvplan.memory.plan import FormatRow, GpuRow, LedgerLine, SizePlan
 from kvplan.memory.planner import make_plan, per_token_bytes, scale_bytes_per_request, whole
 from kvplan.memory.request import SizeRequest
@@ -51,8 +52,8 @@ def size(request: SizeRequest, *, compare: bool = True) -> SizePlan:
     if available is None:
         plan = replace(plan, gpus=smallest_on_each_gpu(setup))
     elif available > 0 and not plan.memory.excess_bytes:
-        held = cache.max_batch(available, setup.context_tokens)
-        count = setup.at_once(held if request.batch_size is None else min(held, setup.batch_per_replica))
+        held = most_held(setup, cache, available)
+        count = held if request.batch_size is None else min(held, setup.batch_per_replica)
         ledger = waste_ledger(cache, available, setup.context_tokens, count)
         labels = LABELS if count == held else {**LABELS, "unused": "free blocks"}
         lines = tuple(LedgerLine(name=n, label=labels[n], bytes=b) for n, b in ledger.lines.items())
@@ -120,9 +121,7 @@ def _format_row(setup: Setup, name: str, plan: CachePlan, available: int | None,
         scale_bytes_per_token=whole(scales),
         scale_share=share,
         capacity_tokens=None if budget is None else plan.capacity_tokens(budget, setup.max_model_len_tokens),
-        max_batch_at_context=None
-        if budget is None
-        else setup.at_once(plan.max_batch(budget, context)) * setup.num_replicas,
+        max_batch_at_context=None if budget is None else most_held(setup, plan, budget) * setup.num_replicas,
         advertised_gain=KV_FORMATS[name].advertised_gain if name in KV_FORMATS else kv_format(name).advertised_gain,
         effective_gain=baseline / request_bytes if baseline else None,
         block_size_tokens=plan.block_size_tokens,
@@ -168,7 +167,7 @@ def _fewest(
         available = budget_of(candidate, weights[tp, dp]).kv_bytes
         if available is None:
             return replace(row, reason="weights unknown: give --params")
-        held = candidate.at_once(plan.max_batch(available, candidate.context_tokens))
+        held = most_held(candidate, plan, available)
         if not held or not plan.fits_one(available, candidate.max_model_len_tokens):
             continue
         servers = max(-(-(setup.request.batch_size or 1) // (held * dp)), -(-setup.request.dp_size // dp))

@@ -11,6 +11,7 @@ from kvplan.document.plans import Plans
 from kvplan.errors import KvplanError
 from kvplan.memory.cache_plan import CachePlan
 from kvplan.memory.ledger import LABELS, waste_ledger
+from kvplan.memory.limits import most_held
 from kvplan.memory.request import Source
 from kvplan.memory.setup import Setup, budget_of, cache_plan, set_up, weights_of
 from kvplan.units import format_count, format_tokens
@@ -77,7 +78,7 @@ def _ledger(plans: Plans) -> dict[str, int]:
     if plans.room_bytes <= 0:
         return {}
     setup, context = plans.setup, plans.setup.context_tokens
-    held = setup.at_once(min(plans.cache.max_batch(plans.room_bytes, context), setup.batch_per_replica))
+    held = min(most_held(setup, plans.cache, plans.room_bytes), setup.batch_per_replica)
     return waste_ledger(plans.cache, plans.room_bytes, context, held).lines
 
 
@@ -126,7 +127,7 @@ class Holds(NamedTuple):
         """What ``cache`` holds of ``setup``'s context in ``available_bytes`` of each GPU."""
         room, replicas = max(available_bytes, 0), setup.num_replicas
         needed = cache.bytes_per_request(setup.context_tokens)
-        return cls(setup.at_once(cache.max_batch(room, setup.context_tokens)) * replicas, replicas * room / needed)
+        return cls(most_held(setup, cache, room) * replicas, replicas * room / needed)
 
 
 def _line(plans: Plans, now: Holds, line: tuple[str, str, int]) -> Waste:
@@ -156,7 +157,7 @@ def _unused(plans: Plans, size: int, share: float) -> Waste:
     """Free blocks: room for more users, or for more context of those there are."""
     setup, cache, available = plans.setup, plans.cache, plans.room_bytes
     users = plans.size.ledger_requests or 0
-    more = setup.at_once(cache.max_batch(available, setup.context_tokens)) - users
+    more = most_held(setup, cache, available) - users
     label = LABELS["unused"]
     if more > 0:
         fix = f"room for {format_count(more * setup.num_replicas, 'more user')}"

@@ -65,6 +65,8 @@ class Plans:
     @property
     def held(self) -> int:
         """Users whose KV is held at the report's context, over all replicas, run or not."""
+        if self.setup.request.max_num_seqs is None:
+            return self.served
         return self.cache.max_batch(self.room_bytes, self.setup.context_tokens) * self.setup.num_replicas
 
 

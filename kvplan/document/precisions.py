@@ -13,6 +13,7 @@ from kvplan.latency.kv import attention_calibration, is_latent
 from kvplan.latency.lines import ItlLine, make_line
 from kvplan.memory.cache_plan import CachePlan
 from kvplan.memory.engines import ENGINES
+from kvplan.memory.limits import kv_bytes_for
 from kvplan.memory.plan import FormatRow
 from kvplan.memory.request import FIELDS
 from kvplan.memory.setup import Setup, cache_plan
@@ -63,7 +64,9 @@ def formats_of(question: Question, setup: Setup, cache: CachePlan, available_byt
         plan = cache_plan(with_format(setup, name))
         line, problem = _line(question, setup, name, contexts, users)
         each = ceil_div(users, setup.num_replicas)
-        longest = plan.max_context(available_bytes, each, limit) if setup.runs_at_once else None
+        longest = (
+            plan.max_context(kv_bytes_for(setup, each, available_bytes), each, limit) if setup.runs_at_once else None
+        )
         found.append(Format(name, name == chosen, row, plan, line, problem, longest))
     return found
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from kvplan.document.parts import Surface, WhatIf
 from kvplan.document.precisions import Format
 from kvplan.document.question import Question
-from kvplan.latency.capacity import max_batches
 from kvplan.latency.plan import ItlPlan
 from kvplan.latency.planner import plan_points
 from kvplan.latency.request import Point
+from kvplan.memory.limits import kv_bytes_for, most_held
 from kvplan.memory.setup import Setup
 from kvplan.units import ceil_div
 
@@ -65,8 +65,9 @@ def _surface(fmt: Format, setup: Setup, available: int, users: list[int], contex
     replicas = setup.num_replicas
     longest = max(setup.model.max_context_tokens or 0, setup.max_model_len_tokens)
     each = [ceil_div(count, replicas) for count in users]
-    limits = [plan.max_context(available, n, longest) if setup.at_once(n) == n else None for n in each]
-    held = [setup.at_once(int(count)) * replicas for count in max_batches(plan, available, contexts)]
+    limits = [plan.max_context(kv_bytes_for(setup, n, available), n, longest) if setup.at_once(n) == n else None
+              for n in each]  # fmt: skip
+    held = [most_held(setup, plan, available, context) * replicas for context in contexts]
     needed = [plan.bytes_per_request(context) for context in contexts]
     common = {
         "kv_cache_dtype": fmt.name,

@@ -8,6 +8,7 @@ from dataclasses import replace
 from kvplan.errors import ConfigError
 from kvplan.memory.budget import Budget
 from kvplan.memory.cache_plan import CachePlan
+from kvplan.memory.limits import kv_bytes_for, most_held
 from kvplan.memory.pages import Group
 from kvplan.memory.plan import Answers, CacheGroup, KvCache, Memory, ModelFacts, Rule, SizePlan, TermSource
 from kvplan.memory.request import SizeRequest, Source
@@ -183,9 +184,10 @@ def answers_of(setup: Setup, plan: CachePlan, available: int | None) -> Answers:
     max_batch = max_context = None
     if available is not None:
         short = max(plan.bytes_to_hold(setup.batch_per_replica, setup.context_tokens) - max(available, 0), 0)
-        max_batch = setup.at_once(plan.max_batch(available, setup.context_tokens)) * request.dp_size
+        max_batch = most_held(setup, plan, available) * request.dp_size
         if setup.runs_at_once:
-            max_context = plan.max_context(available, setup.batch_per_replica, limit)
+            room = kv_bytes_for(setup, setup.batch_per_replica, available)
+            max_context = plan.max_context(room, setup.batch_per_replica, limit)
     running = request.max_num_seqs or setup.default_num_seqs
     source: Source = "given" if request.max_num_seqs is not None else "exact"
     if (derived := _derived_limit(setup, plan, available)) is not None:

@@ -1,0 +1,45 @@
+"""How many requests one replica holds, where a limit beyond the engine's default takes memory of its own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from kvplan.memory.cache_plan import CachePlan
+from kvplan.memory.setup import Setup, budget_of
+
+
+def kv_bytes_for(setup: Setup, num_requests: int, available_bytes: int) -> int:
+    """KV bytes of a GPU once each replica is told to run ``num_requests`` at once.
+
+    ``available_bytes`` is what the plan as it is has. An engine's default, or a limit that is stated, moves nothing.
+    """
+    default, planned = setup.default_num_seqs, setup.options.max_num_seqs
+    if default is None or setup.request.kv_cache_memory_bytes is not None:
+        return available_bytes
+    wanted = max(num_requests, default)
+    if wanted == planned:
+        return available_bytes
+    return available_bytes + _activation_bytes(setup, planned) - _activation_bytes(setup, wanted)
+
+
+def _activation_bytes(setup: Setup, max_num_seqs: int) -> int:
+    other = replace(setup, options=replace(setup.options, max_num_seqs=max_num_seqs))
+    return budget_of(other, None).activation.value_bytes or 0
+
+
+def most_held(setup: Setup, plan: CachePlan, available_bytes: int, context_tokens: int | None = None) -> int:
+    """Requests of ``context_tokens`` (the plan's) that one replica holds, told to run as many, as far as it may be."""
+    context = context_tokens or setup.context_tokens
+
+    def held_with(limit: int) -> int:
+        return plan.max_batch(kv_bytes_for(setup, limit, available_bytes), context)
+
+    low, default = 0, setup.default_num_seqs
+    most = held_with(low)
+    if default is None or most <= default:
+        return setup.at_once(most)
+    low = default
+    while low < most:
+        middle = (low + most + 1) // 2
+        low, most = (middle, most) if held_with(middle) >= middle else (low, middle - 1)
+    return low

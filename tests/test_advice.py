@@ -1,0 +1,109 @@
+"""What is suggested works when it is followed."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import kvplan
+from kvplan.errors import KvplanError
+from kvplan.gpu import gpu_names
+from kvplan.profiles import names
+
+FIELDS = {
+    "tp": "tp_size", "dcp": "dcp_size", "kv-cache-dtype": "kv_cache_dtype", "max-model-len": "max_model_len_tokens",
+    "max-num-seqs": "max_num_seqs",
+}  # fmt: skip
+
+
+def _asked(source: random.Random, models: list[str]) -> dict[str, Any]:
+    pick = source.choice
+    asked: dict[str, Any] = {
+        "model": pick(models), "gpu": pick(gpu_names()), "tp_size": pick([1, 1, 2, 4, 8]),
+        "engine": pick(["vllm", "vllm", "sglang", "tensorrt-llm"]),
+        "context_tokens": pick([1000, 8192, 32768, 131072]), "batch_size": pick([1, 3, 16, 64, 300, 2000]),
+    }  # fmt: skip
+    rarely: dict[str, list[Any]] = {
+        "max_num_seqs": [8, 32, 512], "kv_cache_dtype": ["fp8", "nvfp4", "int4_per_token_head"], "pp_size": [2],
+        "max_model_len_tokens": [131072, 262144], "dp_size": [2, 3], "max_num_batched_tokens": [2048, 32768],
+    }  # fmt: skip
+    return asked | {name: pick(values) for name, values in rarely.items() if source.random() < 0.2}
+
+
+def _number(text: str) -> int:
+    return int(text.replace(",", ""))
+
+
+def _changes(asked: dict[str, Any], said: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The changes with which a message says that the request fits."""
+    for flag, value in re.findall(r"--([a-z-]+) (\w+)", said.partition("it would fit with ")[2]):
+        yield "would fit", {FIELDS[flag]: int(value) if value.isdecimal() else value}
+    told = {FIELDS[name]: int(value) for name, value in re.findall(r"what fits, with --([a-z-]+) (\d+)", said)}
+    for count in re.findall(r"what fits[^:]*: ([\d,]+) requests? at", said):
+        yield "requests", told | {"batch_size": _number(count)}
+    for tokens in re.findall(r"(?:batch \d+|one request) at ([\d,]+) tokens", said):
+        yield "context", told | {"context_tokens": _number(tokens)}
+    for tokens in re.findall(r"--max-model-len (\d+) would do", said):
+        yield "longest", {"max_model_len_tokens": int(tokens)}
+    for limit, count in re.findall(r"--max-num-seqs (\d+) would let (all|[\d,]+)", said):
+        batch = asked["batch_size"] if count == "all" else _number(count)
+        yield "limit", {"max_num_seqs": int(limit), "batch_size": batch}
+    for count in re.findall(r"up to the ([\d,]+) that are held", said):
+        limit = -(-_number(count) // asked.get("dp_size", 1))
+        yield "held", {"max_num_seqs": limit, "batch_size": _number(count)}
+
+
+def test_what_is_said_to_fit_fits() -> None:
+    source, models = random.Random(1), list(names("models"))
+    tried: Counter[str] = Counter()
+    for _ in range(800):
+        asked = _asked(source, models)
+        try:
+            plan = kvplan.size(**asked)
+        except KvplanError:
+            continue
+        for advice in plan.advice:
+            for what, changes in _changes(asked, advice.message):
+                tried[what] += 1
+                assert kvplan.size(**asked | changes).verdict is True, (asked, advice.message, changes)
+    assert set(tried) == {"would fit", "requests", "context", "longest", "limit", "held"}
+
+
+def test_the_largest_batch_counts_the_memory_that_its_own_limit_takes() -> None:
+    """Beyond vLLM's 256 on an A100, each sequence of the limit takes 151,936 logits × 8 B of activation."""
+    asked: dict[str, Any] = {"model": "qwen3-vl-32b", "gpu": "a100", "tp_size": 8, "context_tokens": 4096}
+    most = kvplan.size(**asked).answers.max_batch_at_context
+    assert most is not None and most > 256
+    assert kvplan.size(**asked, batch_size=most).fits is True
+    assert kvplan.size(**asked, batch_size=most + 1).fits is False
+    report = kvplan.report(**asked)
+    held = dict(zip(report.what_if.contexts_tokens, report.what_if.surfaces[0].max_users, strict=True))
+    assert report.answers.max_users == held[4096] == most
+
+
+def test_a_limit_is_not_raised_beyond_what_memory_holds() -> None:
+    """Eight H100s hold 42 requests of 32k."""
+    asked: dict[str, Any] = {"model": "70b", "gpu": "h100", "tp_size": 8, "context_tokens": 32768}
+    plan = kvplan.size(**asked, batch_size=64, max_num_seqs=32)
+    said = next(advice.message for advice in plan.advice if advice.code == "max_num_seqs")
+    assert said.endswith("--max-num-seqs 42 would let 42, as many as the KV memory holds")
+    none = kvplan.size(model="70b", gpu="h100", context_tokens=32768, batch_size=64, max_num_seqs=32)
+    assert [a.message for a in none.advice if a.code == "max_num_seqs"] == [
+        "--max-num-seqs 32 lets 32 of 64 requests run at once, and the rest wait"
+    ]
+
+
+def test_a_pool_of_windows_is_not_advised_beyond_all_tokens() -> None:
+    """Requests of 1,000 tokens want the pool of windows as large as that of tokens, which is the most SGLang takes."""
+    plan = kvplan.size(model="gemma-4-26b-a4b", gpu="mi325x", tp_size=8, engine="sglang", context_tokens=1000)
+    said = next(advice for advice in plan.advice if advice.code == "pool_split")
+    assert "--swa-full-tokens-ratio 1 wins" in said.message
+    asked: dict[str, Any] = {"kv_cache_memory_bytes": plan.memory.kv_cache_bytes, "swa_full_tokens_ratio": 1.0}
+    then = kvplan.size(model="gemma-4-26b-a4b", gpu="mi325x", tp_size=8, engine="sglang", context_tokens=1000, **asked)
+    now, most = plan.answers.max_batch_at_context, then.answers.max_batch_at_context
+    assert now and most and said.gain == pytest.approx(most / now, rel=0.01)
