@@ -62,8 +62,10 @@ def gpu_names() -> list[str]:
     return list(profiles.names("gpus"))
 
 
-def resolve_gpu(name: str) -> GpuSpec:
+def resolve_gpu(name: str, *, instead: str = "") -> GpuSpec:
     """The GPU called ``name`` (name or alias, any case), or this machine's own for ``local``.
+
+    ``instead`` is what the caller takes in place of a name, for the hint.
 
     Raises:
         UnknownNameError: no such GPU; carries the closest names.
@@ -75,9 +77,7 @@ def resolve_gpu(name: str) -> GpuSpec:
     key = name.strip().lower().replace(" ", "-")
     found = profiles.find("gpus", key.removeprefix("nvidia-").removeprefix("amd-"))
     if found is None:
-        raise UnknownNameError(
-            "GPU", name, profiles.index("gpus"), hint="`kvplan gpus` lists them; --gpu-memory 80GiB takes any other"
-        )
+        raise UnknownNameError("GPU", name, profiles.index("gpus"), hint=f"`kvplan gpus` lists them{instead}")
     return load_gpu(found)
 
 

@@ -14,6 +14,7 @@ is for whoever plans it.
 
 from __future__ import annotations
 
+import datetime
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -90,7 +91,9 @@ def _deployment(path: Path, number: int, shared: Mapping[str, Any], entry: Any) 
 
 
 def _plain(value: Any) -> Any:
-    """A list of words as the command line writes it, ``bf16,fp8``; anything else as it is."""
+    """A list of words and a bare date as the command line writes them, ``bf16,fp8``; anything else as it is."""
+    if isinstance(value, datetime.date):
+        return value.isoformat()
     words = isinstance(value, list) and all(isinstance(item, str) for item in value)
     return ",".join(value) if words else value
 
@@ -131,7 +134,7 @@ def _yaml(path: Path, text: str) -> Any:
     nothing, as_written = (f"tag:yaml.org,2002:{kind}" for kind in ("null", "str"))
 
     class Loader(yaml.SafeLoader):
-        """Refuses a key given twice, and leaves ``TEXTS`` as written.
+        """Refuses a key given twice, and leaves ``TEXTS`` and numbers to the base of 60 (``8:30``) as written.
 
         What merges (``<<``) nest never holds a key more than once either.
         """
@@ -144,7 +147,11 @@ def _yaml(path: Path, text: str) -> Any:
             super().flatten_mapping(node)
             node.value = list({str(key.value): (key, value) for key, value in node.value}.values())
             for key, value in node.value:
-                if key.value in TEXTS and isinstance(value, yaml.ScalarNode) and value.tag != nothing:
+                if (
+                    isinstance(value, yaml.ScalarNode)
+                    and value.tag != nothing
+                    and (key.value in TEXTS or ":" in value.value)
+                ):
                     value.tag = as_written
 
     try:

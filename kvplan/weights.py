@@ -95,7 +95,7 @@ def _exact_total(model: ModelConfig, weight_dtype: str | None) -> int:
     assert exact is not None
     if exact.tensors:
         skipped = set(range(model.num_layers, model.num_layers + 64))
-        return sum(size for name, size in exact.tensors if not _is_mtp(name, skipped))
+        return sum(size for name, size, _ in exact.tensors if not _is_mtp(name, skipped))
     mtp = sum(_stored_bytes(model, w, None, weight_dtype) for w in model.mtp_weights)
     return max(exact.total_bytes - mtp, 0)
 

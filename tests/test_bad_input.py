@@ -134,6 +134,31 @@ def test_heads_that_do_not_divide_by_tp_name_the_field_the_file_and_a_size_that_
     six = {**LLAMA, "num_attention_heads": 24, "num_key_value_heads": 6, "head_dim": 128}
     line = assert_one_line(kvplan_cli("size", "--model", model_folder(tmp_path / "k", six), "--tp", "4"))
     assert "num_key_value_heads (6)" in line
+    line = assert_one_line(kvplan_cli("size", "--layers", "8", "--kv-heads", "8", "--head-dim", "128", "--tp", "3"))
+    assert "num_key_value_heads (8) neither divides by nor divides --tp 3 (try --tp 2)" in line
+
+
+def test_what_an_engine_does_not_start_with_is_refused(kvplan_cli: Cli) -> None:
+    line = assert_one_line(kvplan_cli("size", "--model", "8b", "--gpu", "h100", "--ep"))
+    assert "vLLM refuses --ep: llama-3.1-8b has no experts (leave out --ep)" in line
+    amd = ["--model", "8b", "--gpu", "mi300x", "--ctx", "8k"]
+    line = assert_one_line(kvplan_cli("size", *amd, "--engine", "tensorrt-llm"))
+    assert "TensorRT-LLM: it runs on NVIDIA GPUs only, not on AMD Instinct MI300X" in line
+    report = kvplan_cli("report", *amd)
+    assert report.code == 0 and "no launch line: it runs on NVIDIA GPUs only" in report.out
+    assert "trtllm-serve" not in report.out
+
+
+def test_an_explanation_of_a_sweep_is_refused_and_gpu_memory_is_offered_where_it_can_be_given(kvplan_cli: Cli) -> None:
+    line = assert_one_line(kvplan_cli("size", "--model", "8b", "--gpu", "h100", "--ctx", "8k,16k", "--explain"))
+    assert "--explain is of one plan" in line
+    unknown = ["--model", "8b", "--gpu", "h1000", "--ctx", "8k"]
+    assert "--gpu-memory" in assert_one_line(kvplan_cli("size", *unknown))
+    assert "--gpu-memory" not in assert_one_line(kvplan_cli("itl", *unknown))
+
+
+def test_a_gpu_of_many_gib_keeps_its_name(kvplan_cli: Cli) -> None:
+    assert "1 × GPU with 2,048.00 GiB ·" in kvplan_cli("size", "--model", "8b", "--gpu-memory", "2TiB").out
 
 
 @pytest.mark.parametrize(

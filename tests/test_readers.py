@@ -117,11 +117,11 @@ REST = 2 * 1024 * 256 + 256 + 2 * 2 * 256  # embedding, LM head, final norm, two
 assert LINEAR == 589_824
 
 
-def write_safetensors(path: Path, sizes: dict[str, int]) -> None:
+def write_safetensors(path: Path, sizes: dict[str, int], dtype: str = "U8") -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for name, size in sizes.items():
-        header[name] = {"dtype": "U8", "shape": [size], "data_offsets": [start, start + size]}
+        header[name] = {"dtype": dtype, "shape": [size], "data_offsets": [start, start + size]}
         start += size
     text = json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text)  # headers only: the reader never touches the data
@@ -151,6 +151,22 @@ def test_a_bare_index_gives_its_total_and_stale_shards_are_not_counted(tmp_path:
     write_safetensors(folder / "unrelated.safetensors", {"z": 10**9})
     resolve_model_uncached()
     assert kvplan.size(compare=False, model=str(folder), context_tokens=16).memory.weights_bytes == 77
+
+
+def test_a_float32_checkpoint_is_loaded_in_16_bits(tmp_path: Path) -> None:
+    """vLLM and SGLang cast float32 to 16 bits at start-up; the values of its files in 16 bits are left as they are."""
+    wide = {**TINY, "torch_dtype": "float32"}
+    folder = Path(model_folder(tmp_path / "m", wide))
+    plan = kvplan.size(compare=False, model=str(folder), context_tokens=16)
+    assert plan.memory.weights_bytes == 2 * (2 * LINEAR + REST)
+    assert plan.model is not None and plan.model.notes[0].startswith("a float32 checkpoint: engines load 16 bits")
+    write_safetensors(folder / "model-1.safetensors", {"model.a": 1000}, "F32")
+    write_safetensors(folder / "model-2.safetensors", {"model.b": 30}, "BF16")
+    resolve_model_uncached()
+    assert kvplan.size(compare=False, model=str(folder), context_tokens=16).memory.weights_bytes == 530
+    kept = model_folder(tmp_path / "k", wide)
+    told = kvplan.size(compare=False, model=kept, context_tokens=16, weight_dtype="fp32").memory.weights_bytes
+    assert told == 4 * 2 * LINEAR + 2 * REST
 
 
 def resolve_model_uncached() -> None:

@@ -75,6 +75,12 @@ def test_a_list_of_words_is_what_the_command_line_writes(tmp_path: Path) -> None
         read_scenario(written(tmp_path, "model: 8b\ntp: [1, 2]\n"))
 
 
+def test_dates_are_dates_and_no_number_is_to_the_base_of_60(tmp_path: Path) -> None:
+    found = one_deployment(written(tmp_path, "model: 8b\ndate: 2026-11-24\nctx: 8:30\n")).options
+    assert found["date"] == "2026-11-24" and found["ctx"] == "8:30"
+    assert one_deployment(written(tmp_path, "date = 2026-11-24\n", "a.toml")).options["date"] == "2026-11-24"
+
+
 def test_names_and_versions_are_text_as_written(tmp_path: Path) -> None:
     """YAML 1.1 would make false, 8, 750, a date and 0.3 of them."""
     names = ["no", "010", "12:30", "2026-11-24", "1e3", "null"]

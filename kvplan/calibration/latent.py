@@ -25,7 +25,7 @@ from kvplan.calibration.attention_model import Parameter
 from kvplan.calibration.fields import Checker
 from kvplan.calibration.geometry import Hardware, hardware_of
 from kvplan.calibration.other_kernels import Table, fitted_document, read_columns
-from kvplan.calibration.schema import check_other, hardware_from_json, hardware_to_json
+from kvplan.calibration.schema import KINDS, check_other, hardware_from_json, hardware_to_json
 from kvplan.errors import InputError, ProfileError, shorten
 from kvplan.gpu import GpuSpec
 from kvplan.samples import Sample
@@ -201,7 +201,7 @@ def latent_from_json(data: Mapping[str, Any], where: str, origin: str) -> Latent
 
     """
     if data.get("kind") != KIND:
-        raise ProfileError(f"{where}: kind must be {KIND!r}, not {shorten(data.get('kind'))}")
+        raise ProfileError(f"{where}: kind must be {KIND!r}, not {shorten(data.get('kind'))}", hint=KINDS)
     check_other(data, where)
     check = Checker(where)
     entries = {}

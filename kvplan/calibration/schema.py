@@ -20,6 +20,7 @@ from kvplan.errors import KvplanError, ProfileError, shorten
 SCHEMA_VERSION = 3
 OTHER_SCHEMA_VERSION = 1
 KIND = "attention"
+KINDS = "'attention' is of plain attention, 'mla_decode' of latent: `kvplan measure --model` makes that of its model"
 OTHER_KINDS = ("all_reduce", "gemm", "mla_decode", "moe")
 MAX_FACTOR = 1e6
 """A parameter further than a factor of a million from its prior is absurd."""
@@ -44,7 +45,7 @@ def attention_from_json(data: Mapping[str, Any], where: str, origin: str = SHIPP
     check = Checker(where)
     check.finite(data, "")
     if data.get("kind") != KIND:
-        raise ProfileError(f"{where}: kind must be {KIND!r}, not {shorten(data.get('kind'))}")
+        raise ProfileError(f"{where}: kind must be {KIND!r}, not {shorten(data.get('kind'))}", hint=KINDS)
     version = data.get("schema_version")
     if version != SCHEMA_VERSION or isinstance(version, bool):
         raise ProfileError(

@@ -150,7 +150,7 @@ def _sources(plan: SizePlan, report: ServerReport, terms: Mapping[str, _Moved], 
     fraction = report.value("gpu_memory_utilization")
     served = fraction is not None and basis.options["gpu_memory_utilization"] == fraction
     if total is not None:
-        gpu = sources["total_bytes"].detail.split(",")[0]
+        gpu = sources["total_bytes"].detail.split(", ")[0]
         line = total.where.partition(":")[0]
         sources["total_bytes"] = replace(sources["total_bytes"], source="reported", detail=f"{gpu}, {line}")
     if served and usable is not None:

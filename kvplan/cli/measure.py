@@ -146,7 +146,7 @@ def measure_command(
     fixed = {"--model": model, "--tp": tp, "--num-q-heads": num_q_heads, "--num-kv-heads": num_kv_heads,
              "--head-dim": head_dim, "--kv-cache-dtype": kv_cache_dtype, "--batch": batch, "--ctx": ctx,
              "--compare": compare, "--output": output, "--whole-step": whole_step or None,
-             "--weight-dtype": weight_dtype}  # fmt: skip
+             "--weight-dtype": weight_dtype, "--device": None if device == "auto" else device}  # fmt: skip
     given = [flag for flag, value in fixed.items() if value is not None]
     if resume is not None and given:
         raise InputError(f"--resume goes on with what the folder says: {given[0]} cannot change it",

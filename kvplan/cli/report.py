@@ -150,6 +150,8 @@ def _one(request: dict[str, Any], output: list[Path], force: bool, as_json: bool
         form_of(path)
     document = report(**request)
     write_documents(document, output, force=force)
+    if output and not as_json:
+        print(document.answers.headline, file=sys.stderr)
     for path in output:
         print(f"wrote {path} ({format_bytes(path.stat().st_size)})", file=sys.stderr)
     if as_json:
@@ -200,7 +202,7 @@ def _judge(found: Fleet, check: bool) -> None:
         names = shorten(", ".join(failed), 100)
         raise InputError(
             f"{len(failed)} of {len(found.entries)} deployments could not be planned: {names}",
-            hint="the others are done; the lines above say why",
+            hint=f"{'the others are done; ' if len(failed) < len(found.entries) else ''}the lines above say why",
         )
     if check and found.num_not_fitting:
         raise AnswerIsNo(f"{found.num_not_fitting} of {len(found.entries)} deployments do not fit")

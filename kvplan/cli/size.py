@@ -125,6 +125,8 @@ def size_command(
     planner = _planner(from_log, context, fixed, lists)
     varied = [name for name, values in lists.items() if len(values) > 1]
     if varied:
+        if explain and not as_json:
+            raise InputError("--explain is of one plan, and lists make several", hint="give one value of each option")
         _sweep(planner, fixed, lists, varied, as_json, check)
     else:
         single = {name: values[0] for name, values in lists.items() if values}

@@ -38,7 +38,7 @@ def write_fleet(scenario: Path, folder: Path | None, *, formats: Sequence[str] =
         scenario: YAML or TOML, see ``kvplan.scenario``; fields are those of a report.
         folder: where pages go; made when absent. None writes nothing.
         formats: of ``html``, ``md`` and ``json``.
-        date: of the reports; today without one.
+        date: of the reports; without one, theirs in the scenario, else today.
         force: replace files that are there.
         progress: called after each deployment with its number, how many there are, and its entry.
 
@@ -51,11 +51,14 @@ def write_fleet(scenario: Path, folder: Path | None, *, formats: Sequence[str] =
     slugs = slugs_of([deployment.name for deployment in deployments])
     if folder is not None and not force:
         _refuse_existing(folder, slugs, formats)
-    day = iso_date(date)
+    dates = {deployment.options.get("date") for deployment in deployments}
+    day = iso_date(date if date is not None or len(dates) > 1 else dates.pop())
     entries: list[FleetEntry] = []
     try:
         for number, (deployment, slug) in enumerate(zip(deployments, slugs, strict=True), 1):
-            options = {**deployment.options, "name": deployment.name, "date": day}
+            options = {"date": day, **deployment.options, "name": deployment.name}
+            if date is not None:
+                options["date"] = day
             entry = _entry(deployment.name, options, slug, folder, formats)
             entries.append(entry)
             if progress is not None:

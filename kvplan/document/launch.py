@@ -16,6 +16,7 @@ from kvplan.document.parts import Launch
 from kvplan.dtypes import kv_format
 from kvplan.memory.cache_plan import CachePlan
 from kvplan.memory.engines import ENGINES
+from kvplan.memory.engines.tensorrt_llm import ELSEWHERE
 from kvplan.memory.engines.vllm_versions import CURRENT
 from kvplan.memory.setup import Setup
 
@@ -155,6 +156,8 @@ def _sglang(setup: Setup, kv_dtype: str, users: int | None) -> tuple[str | None,
 
 def _tensorrt_llm(setup: Setup, kv_dtype: str, users: int | None) -> tuple[str | None, list[str]]:
     request = setup.request
+    if setup.gpu is not None and setup.gpu.vendor == "amd":
+        return None, [f"no launch line: {ELSEWHERE}"]
     if kv_dtype not in TRTLLM_KV:
         return None, [f"TensorRT-LLM has no KV format {kv_dtype}; it takes auto, fp8 and nvfp4"]
     ranks = _attention_dp(setup)

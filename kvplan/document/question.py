@@ -136,6 +136,7 @@ def fields_of(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:
     known = (*(name for name in FIELDS if name != "id"), *OWN_FIELDS)
     given: dict[str, Any] = {}
+    written: dict[str, str] = {}
     for key, value in options.items():
         plain = str(key).replace("-", "_")
         name = plain if plain in known else OPTION_NAMES.get(plain, plain)
@@ -148,8 +149,8 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, os.PathLike):
             value = os.fspath(value)
         if name in given:
-            raise InputError(f"{name} is given twice", hint=f"{shorten(str(key), 40)} means the same")
-        given[name] = value
+            raise InputError(f"{written[name]} and {plain} mean the same, and both are given", hint="leave out one")
+        given[name], written[name] = value, plain
     return given
 
 

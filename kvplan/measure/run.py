@@ -78,16 +78,20 @@ def _check_budget(clock: Clock, request: MeasureRequest, backend: Backend) -> No
 
 def _report(run: Run, predictor: Predictor | None, options: Options) -> MeasureReport:
     """The report of everything in the folder, written there too; ends by calibrating."""
-    samples = run.folder.samples()[0]
+    samples, own = run.folder.samples()[0], run.folder.has_calibrated()
     roof = run.roofline_bytes_per_s
     rows = cell_rows(samples, roof, predictor.latency_s if predictor else None)
     prediction = compare(rows, predictor.kind, predictor.source) if predictor else None
     calibration = _calibrate(run, roof) if options.calibrate else None
     if calibration is not None and calibration.path is not None:
         predictor = find_predictor(run.backend.environment, run.request.latent_heads)
+    notes = _notes(run, samples)
+    if own and prediction is not None and prediction.kind == "calibrated":
+        notes.append("this run has written a calibration before: where it is still the one in use, predictions are of "
+                     "samples it was fitted to")  # fmt: skip
     report = MeasureReport(
         run_dir=str(run.folder.path), request=run.request.as_dict(),
-        environment=run.backend.environment.as_dict(), notes=_notes(run, samples),
+        environment=run.backend.environment.as_dict(), notes=notes,
         roofline_bytes_per_s=roof, roofline=run.roofline, gates=run.gates, lines=line_rows(samples, roof),
         cells=rows, peers=peer_rows(run.folder.records("peers"), samples), skipped=run.skipped,
         corrupt_lines=[{"line_number": line.line_number, "reason": line.reason} for line in run.corrupt],

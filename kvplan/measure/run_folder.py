@@ -80,6 +80,14 @@ class RunFolder:
                 found.append(data)
         return found
 
+    def has_calibrated(self) -> bool:
+        """Whether the run ended before, and wrote a calibration of its samples."""
+        try:
+            report = json.loads((self.path / "report.json").read_text(encoding="utf-8"))
+            return report["calibration"]["path"] is not None
+        except (OSError, ValueError, TypeError, KeyError):
+            return False
+
     def write_report(self, text: str) -> None:
         """Write ``report.json``."""
         write_text(self.path / "report.json", text, force=True)

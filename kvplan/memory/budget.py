@@ -84,6 +84,7 @@ class BudgetInputs:
     kept_share: float = 1.0
     num_layers: int = 0
     version: str = ""
+    version_read: bool = True
     kv_cache_memory_bytes: int | None = None
     weights_bytes: int | None = None
     activation_bytes: int | None = None
@@ -151,7 +152,9 @@ def _usable(inputs: BudgetInputs, total: Term, overhead: Term, others: int) -> T
         return Term(None, None, "no GPU named", flag)
     how = inputs.fraction.formula or engine.fraction_source
     why = "given" if inputs.fraction_given else f"default of {engine.name} {inputs.version}, {how}"
-    source: Source = "given" if inputs.fraction_given else ("exact" if engine.exact else "assumed")
+    source: Source = (
+        "given" if inputs.fraction_given else ("exact" if engine.exact and inputs.version_read else "assumed")
+    )
     if engine.fraction_of == "free":
         free = total.value_bytes - others
         usable = others + int(max(free, 0) * fraction)

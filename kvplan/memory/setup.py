@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import lcm
 
 from kvplan.dtypes import canonical_kv_dtype
-from kvplan.errors import InputError
+from kvplan.errors import InputError, UnsupportedError
 from kvplan.gpu import GpuSpec, custom_gpu, profile_of_device, resolve_gpu
 from kvplan.memory.budget import Budget, BudgetInputs, memory_budget
 from kvplan.memory.cache_plan import CachePlan
 from kvplan.memory.engines import Engine, parse_version, resolve_engine
 from kvplan.memory.engines.options import EngineOptions, MemoryFraction
-from kvplan.memory.engines.vllm_versions import VersionRules
+from kvplan.memory.engines.vllm_versions import CURRENT, VersionRules
 from kvplan.memory.request import SizeRequest
 from kvplan.model_config import resolve_model
 from kvplan.model_config.reader import read_model_config
 from kvplan.model_config.types import AttentionCache, ModelConfig
 from kvplan.units import ceil_div, format_gib
 from kvplan.weights import WeightBytes, weight_bytes
+
+EVERY_TP = lcm(*range(1, 129))
+"""A number of query heads that divides by whatever tensor parallelism there is, for models given by flags."""
 
 
 @dataclass(frozen=True)
@@ -117,12 +121,14 @@ def set_up(request: SizeRequest) -> Setup:
     """
     model, has_model = _model_of(request)
     engine = resolve_engine(request.engine)
+    if request.ep and has_model and not model.is_moe and engine.name == "vllm":
+        raise UnsupportedError(f"vLLM refuses --ep: {model.name} has no experts", hint="leave out --ep")
     for name in ("swa_full_tokens_ratio", "mamba_full_memory_ratio"):
         if getattr(request, name) is not None and engine.name != "sglang":
             raise InputError(f"{engine.name} has no {name}: it is SGLang's", hint="leave it out, or --engine sglang")
     version = parse_version(request.engine_version, engine.version)
     gpu = _gpu_of(request)
-    rules = VersionRules(version if engine.name == "vllm" else (0, 33))
+    rules = VersionRules(version if engine.name == "vllm" else CURRENT)
     own = engine.default_batched_tokens
     batched = request.max_num_batched_tokens or (own(gpu, version) if own else rules.default_batched_tokens(gpu))
     num_seqs = request.max_num_seqs or rules.default_num_seqs(gpu)
@@ -217,7 +223,9 @@ def _model_from_flags(
     model = read_model_config(config, where="flags", name="custom", source="--layers, --kv-heads and --head-dim")
     layers_any_tp = []
     for layer in model.layers:
-        caches = tuple(replace(c, num_q_heads=2**20 * kv_heads) for c in layer.caches if isinstance(c, AttentionCache))
+        caches = tuple(
+            replace(c, num_q_heads=EVERY_TP * kv_heads) for c in layer.caches if isinstance(c, AttentionCache)
+        )
         layers_any_tp.append(replace(layer, caches=caches))
     return replace(model, layers=tuple(layers_any_tp))
 
@@ -225,7 +233,7 @@ def _model_from_flags(
 def _gpu_of(request: SizeRequest) -> GpuSpec | None:
     if request.gpu is None:
         return custom_gpu(request.gpu_memory_bytes) if request.gpu_memory_bytes is not None else None
-    gpu = resolve_gpu(request.gpu)
+    gpu = resolve_gpu(request.gpu, instead="; --gpu-memory 80GiB takes any other")
     if request.gpu_memory_bytes is None:
         return gpu
     return replace(
@@ -263,7 +271,11 @@ def weights_of(setup: Setup) -> WeightBytes | None:
 def budget_of(setup: Setup, weights: WeightBytes | None) -> Budget:
     """The memory budget of one GPU of this set-up."""
     request = setup.request
-    rules = VersionRules(setup.options.version or (0, 33))
+    rules = VersionRules(setup.options.version or CURRENT)
+    version = ".".join(map(str, setup.options.version or ())) or setup.engine.version
+    nearest = rules.nearest_read if setup.engine.name == "vllm" else None
+    if nearest is not None:
+        version = f"{'.'.join(map(str, nearest))}, taken for {version}"
     inputs = BudgetInputs(
         gpu=setup.gpu,
         engine=setup.engine,
@@ -274,7 +286,8 @@ def budget_of(setup: Setup, weights: WeightBytes | None) -> Budget:
         num_seqs=setup.options.max_num_seqs,
         tp_size=request.tp_size,
         num_layers=ceil_div(setup.model.num_layers, request.pp_size),
-        version=".".join(map(str, setup.options.version or ())) or setup.engine.version,
+        version=version,
+        version_read=nearest is None,
         subtracts_graphs=setup.engine.name != "vllm" or rules.subtracts_graphs,
         kv_cache_memory_bytes=request.kv_cache_memory_bytes,
         weights_bytes=request.weights_bytes,

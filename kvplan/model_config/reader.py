@@ -15,7 +15,7 @@ from kvplan.model_config.types import ExactWeights, ModelConfig
 
 TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
 
-_DTYPES = {"bfloat16", "float16", "float32"}
+_DTYPES = {"bfloat16", "float16"}
 
 
 def read_model_config(
@@ -54,13 +54,14 @@ def read_model_config(
         notes.append(f"unknown family ({shown}): planned as plain attention from its fields; check the layer kinds")
     dtype = fields.text("torch_dtype", "dtype") or outer.text("torch_dtype", "dtype") or "bfloat16"
     dtype = dtype.removeprefix("torch.")
-    if dtype not in _DTYPES:
-        dtype = "bfloat16"
     quant_fields = Fields(hf_quant, f"{where} (hf_quant_config.json)") if hf_quant is not None else None
     declares = (
         outer.has("quantization_config") or outer.has("compression_config") or not fields.has("quantization_config")
     )
     quantization = read_quantization(outer if declares else fields, quant_fields)
+    if dtype == "float32" and quantization is None:
+        exact_weights = None if exact_weights is None else exact_weights.in_16_bits()
+        notes.append("a float32 checkpoint: engines load 16 bits a weight unless told otherwise")
     vision = vision_weights(outer)
     return ModelConfig(
         name=name,
@@ -72,7 +73,7 @@ def read_model_config(
         layers=tuple(parts.layers),
         outer_weights=(*parts.outer_weights, *vision),
         max_context_tokens=_max_context(fields),
-        dtype=dtype,
+        dtype=dtype if dtype in _DTYPES else "bfloat16",
         quantization=quantization,
         mtp_weights=tuple(parts.mtp_weights),
         exact_weights=exact_weights,

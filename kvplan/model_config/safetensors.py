@@ -14,6 +14,8 @@ from kvplan.errors import ConfigError
 from kvplan.model_config.types import ExactWeights
 
 MAX_HEADER_BYTES = 100_000_000
+NARROWED = {"F32": 2, "F64": 4}
+"""How many times smaller the values of a dtype are in 16 bits."""
 INDEX_NAME = "model.safetensors.index.json"
 
 
@@ -49,15 +51,13 @@ def _read_index(path: Path) -> tuple[int | None, set[str]]:
 
 
 def _from_headers(folder: Path, shards: list[Path]) -> ExactWeights:
-    tensors: dict[str, int] = {}
-    for shard in shards:
-        for name, size in _read_header(shard).items():
-            tensors[name] = tensors.get(name, 0) + size
-    return ExactWeights(sum(tensors.values()), f"{folder} ({len(shards)} safetensors headers)", tuple(tensors.items()))
+    tensors = tuple(tensor for shard in shards for tensor in _read_header(shard))
+    total = sum(size for _, size, _ in tensors)
+    return ExactWeights(total, f"{folder} ({len(shards)} safetensors headers)", tensors)
 
 
-def _read_header(path: Path) -> dict[str, int]:
-    """Tensor name → bytes of one file."""
+def _read_header(path: Path) -> list[tuple[str, int, int]]:
+    """Name, bytes, and bytes with 16 bits a value at most of each tensor of one file."""
     try:
         with path.open("rb") as file:
             prefix = file.read(8)
@@ -69,7 +69,7 @@ def _read_header(path: Path) -> dict[str, int]:
         raise ConfigError(f"{path}: its safetensors header cannot be read ({type(error).__name__})") from error
     if not isinstance(header, dict):
         raise ConfigError(f"{path}: its safetensors header is not an object")
-    sizes: dict[str, int] = {}
+    sizes = []
     for name, entry in header.items():
         if name == "__metadata__":
             continue
@@ -81,5 +81,6 @@ def _read_header(path: Path) -> dict[str, int]:
             or not 0 <= offsets[0] <= offsets[1]
         ):
             raise ConfigError(f"{path}: tensor {name[:80]!r} has no valid data_offsets")
-        sizes[name] = offsets[1] - offsets[0]
+        size = offsets[1] - offsets[0]
+        sizes.append((name, size, size // NARROWED.get(str(entry.get("dtype")), 1)))
     return sizes

@@ -289,14 +289,21 @@ class ExactWeights:
 
     Attributes:
         total_bytes: bytes of every tensor.
-        tensors: tensor name → bytes, when headers were read; empty for a bare index.
+        tensors: tensor name, bytes, and bytes with 16 bits a value at most, when headers were read; empty for a bare
+            index.
         source: file it was read from.
 
     """
 
     total_bytes: int
     source: str
-    tensors: tuple[tuple[str, int], ...] = ()
+    tensors: tuple[tuple[str, int, int], ...] = ()
+
+    def in_16_bits(self) -> ExactWeights:
+        """What an engine loads of a float32 checkpoint; a bare index is of 32 bits throughout."""
+        narrow = tuple((name, size, size) for name, _, size in self.tensors)
+        total = sum(size for _, size, _ in narrow) if narrow else self.total_bytes // 2
+        return ExactWeights(total, f"{self.source}, 16 bits a value", narrow)
 
 
 def beyond_claim(tokens: int, claimed_tokens: int | None) -> str | None:

@@ -63,6 +63,10 @@ def _shape_lines(console: Console, report: MeasureReport, shape: str) -> None:
     console.print(table)
 
 
+def _error(share: float | None) -> str:
+    return ("+" if share is not None and share > 0 else "") + format_percent(share)
+
+
 def _signed(seconds: float) -> str:
     return format_seconds(seconds) if seconds >= 0 else f"−{format_seconds(-seconds)}"
 
@@ -73,12 +77,11 @@ def _cells(console: Console, rows: list[CellRow]) -> None:
                        title="Predicted and measured", right=(1, 2, 3, 4, 5, 6, 7))  # fmt: skip
     for row in rows:
         spread = (row.p90_s - row.p10_s) / row.latency_s
-        off = "–" if row.prediction_error is None else f"{row.prediction_error:+.1%}"
         predicted = "–" if row.predicted_s is None else format_seconds(row.predicted_s)
         add_row(
             table, row.kv_dtype, f"{row.batch_size:,}", format_tokens(row.context_tokens),
             format_seconds(row.latency_s), format_percent(spread),
-            format_percent(row.roofline_fraction), predicted, off,
+            format_percent(row.roofline_fraction), predicted, _error(row.prediction_error),
         )  # fmt: skip
     console.print(table)
 
@@ -129,7 +132,7 @@ def _steps(console: Console, steps: StepReport) -> None:
             table, row.kv_dtype, f"{row.batch_size:,}", format_tokens(row.context_tokens), format_seconds(row.itl_s),
             format_percent((row.p90_s - row.p10_s) / row.itl_s),
             "–" if row.predicted_s is None else format_seconds(row.predicted_s),
-            "–" if row.prediction_error is None else f"{row.prediction_error:+.1%}",
+            _error(row.prediction_error),
         )  # fmt: skip
     console.print(table)
     for line in steps.lines:

@@ -64,7 +64,7 @@ def describe_gpus(plan: SizePlan) -> str:
     if request.ep:
         parts.append("EP")
     layout = f" ({', '.join(parts)})" if parts else ""
-    name = plan.memory.sources["total_bytes"].detail.split(",")[0] if request.gpu else "no GPU named"
+    name = plan.memory.sources["total_bytes"].detail.split(", ")[0] if request.gpu else "no GPU named"
     return f"{count} × {name}{layout}" if request.gpu else f"{name}{layout}"
 
 

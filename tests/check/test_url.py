@@ -355,7 +355,7 @@ def test_prompt_and_answer_of_a_scenario_are_its_context_as_in_a_report(
         ("isl: 8k", "a load needs output_tokens too"),
         ("isl: 8k\nosl: 1k\nctx: 4k", "isl and osl are longer than the ctx of 4k"),
         ("isl: many\nosl: 1k", "input_tokens"),
-        ("tp: 1\ntp_size: 2", "tp_size is given twice"),
+        ("tp: 1\ntp_size: 2", "tp and tp_size mean the same"),
         ("contxt: 8k", "unknown report field 'contxt'"),
     ],
 )

@@ -203,13 +203,16 @@ def test_on_hopper_only_tensorrt_llm_is_taken_to_run_fp8_kv(engine: str, kept: s
 
 @pytest.mark.parametrize(
     ("engine", "version", "used"),
-    [("vllm", "9.9", "the nearest version"), ("sglang", "0.4", "0.5"), ("tensorrt-llm", "0.33", "1.3")],
+    [("vllm", "9.9", "0.33"), ("sglang", "0.4", "0.5"), ("tensorrt-llm", "0.33", "1.3")],
 )
 def test_a_version_whose_rules_were_not_read_is_said(engine: str, version: str, used: str) -> None:
     asked = {"model": "8b", "gpu": "h200", "context_tokens": 8192, "engine": engine}
     said = f"{version}: those of {used} are used"
     assert any(said in note for note in kvplan.itl(**asked, engine_version=version).facts.notes)
     assert any(said in advice.message for advice in kvplan.size(**asked, engine_version=version).advice)
+    if engine == "vllm":
+        usable = kvplan.size(**asked, engine_version=version).memory.sources["usable_bytes"]
+        assert usable.source == "assumed" and f"default of vllm {used}, taken for {version}" in usable.detail
 
 
 def test_a_patch_of_a_version_whose_rules_were_read_is_taken_for_it() -> None:

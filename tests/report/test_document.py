@@ -451,7 +451,7 @@ def test_an_engine_without_the_format_has_no_command_but_a_reason() -> None:
     ("question", "says"),
     [({"gpu": "h200"}, "no model given"), ({"model": "70b"}, "no GPU named"),
      ({"model": "70b", "gpu": "h200", "nonsense": 1}, "unknown report field 'nonsense'"),
-     ({"model": "70b", "gpu": "h200", "tp": 4, "tp_size": 4}, "tp_size is given twice"),
+     ({"model": "70b", "gpu": "h200", "tp": 4, "tp_size": 4}, "tp and tp_size mean the same"),
      ({"model": "70b", "gpu": "h200", "isl": "32k", "osl": "1k", "ctx": "8k"}, "longer than the context"),
      ({"model": "8b", "gpu": "h200", "isl": "8k", "concurrency": 32}, "a load needs output_tokens too"),
      ({"model": "8b", "gpu": "h200", "output_tokens": "1k"}, "a load needs input_tokens too"),

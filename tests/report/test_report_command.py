@@ -142,6 +142,14 @@ def test_a_fleet_is_the_same_to_the_byte_with_a_date(fleet_file: Path, tmp_path:
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
 
+def test_a_date_in_the_scenario_is_that_of_the_pages_unless_one_is_given(tmp_path: Path) -> None:
+    scenario = tmp_path / "dated.yaml"
+    scenario.write_text("{gpu: h200, date: 2026-01-31, deployments: [{model: 8b, ctx: 8k}]}\n")
+    assert kvplan.fleet(scenario, tmp_path / "a", formats=["md"]).date == "2026-01-31"
+    assert "2026-01-31" in (tmp_path / "a" / "8b.md").read_text()
+    assert kvplan.fleet(scenario, date="2026-02-28").date == "2026-02-28"
+
+
 def test_the_json_of_a_scenario_needs_no_folder(kvplan_cli: Cli, fleet_file: Path) -> None:
     done = kvplan_cli("report", str(fleet_file), "--json")
     assert done.json["entries"][0]["page"] is None

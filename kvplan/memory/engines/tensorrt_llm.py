@@ -7,11 +7,13 @@ What is left out: host offloading, the split of memory between window pools, and
 
 from __future__ import annotations
 
+from kvplan.errors import UnsupportedError
 from kvplan.memory.cache_plan import CachePlan
 from kvplan.memory.engines import approximate
 from kvplan.memory.engines.options import EngineOptions
 from kvplan.model_config.types import ModelConfig
 
+ELSEWHERE = "it runs on NVIDIA GPUs only"
 FORMATS = frozenset({"bfloat16", "float16", "fp8", "fp8_e4m3", "nvfp4", "fp8_ds_mla"})
 
 
@@ -25,5 +27,13 @@ RULES = approximate.Rules("tensorrt-llm", "1.3", 32, "tensorrt_llm/_torch/pyexec
 
 
 def plan_cache(model: ModelConfig, options: EngineOptions) -> CachePlan:
-    """The cache of ``model`` in TensorRT-LLM's block pools; an approximation."""
+    """The cache of ``model`` in TensorRT-LLM's block pools; an approximation.
+
+    Raises:
+        UnsupportedError: the GPU is not NVIDIA's.
+
+    """
+    if options.gpu is not None and options.gpu.vendor == "amd":
+        raise UnsupportedError(f"TensorRT-LLM: {ELSEWHERE}, not on {options.gpu.display_name}",
+                               hint="--engine vllm or sglang")  # fmt: skip
     return approximate.plan_cache(RULES, model, options)

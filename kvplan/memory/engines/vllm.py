@@ -38,7 +38,6 @@ from kvplan.model_config.types import (
 from kvplan.units import ceil_div
 
 NAME = "vllm"
-OLDEST_READ = (0, 17)
 """The oldest vLLM whose formulas were read; older versions take its."""
 VERSION = "0.33"
 DEFAULT_BLOCK_TOKENS = 16
@@ -87,10 +86,10 @@ def plan_cache(model: ModelConfig, options: EngineOptions) -> CachePlan:
     packed = "compressed" in model.cache_kinds
     groups = tuple(group_pages(members, packed=packed))
     version = options.version or CURRENT
-    if not OLDEST_READ <= version[:2] <= CURRENT:
-        asked = ".".join(map(str, version))
-        warnings = [*warnings, f"no rules were read for vLLM {asked}: those of the nearest version are used"]
     rules_of = VersionRules(version)
+    if (nearest := rules_of.nearest_read) is not None:
+        asked, used = (".".join(map(str, each)) for each in (version, nearest))
+        warnings = [*warnings, f"no rules were read for vLLM {asked}: those of {used} are used"]
     return CachePlan(
         engine=NAME,
         version=".".join(map(str, version)),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from kvplan.gpu import GpuSpec
 from kvplan.units import GIB
 
-CURRENT = (0, 33)
+OLDEST_READ, CURRENT = (0, 17), (0, 33)
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,12 @@ class VersionRules:
     """
 
     version: tuple[int, ...]
+
+    @property
+    def nearest_read(self) -> tuple[int, ...] | None:
+        """The version whose wheel stands in for one that was not read; None where this one was."""
+        near = min(max(self.version[:2], OLDEST_READ), CURRENT)
+        return None if self.version[:2] == near else near
 
     @property
     def request_based_tokens(self) -> bool:  # noqa: D102
