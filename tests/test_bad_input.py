@@ -134,7 +134,9 @@ def test_heads_that_do_not_divide_by_tp_name_the_field_the_file_and_a_size_that_
     six = {**LLAMA, "num_attention_heads": 24, "num_key_value_heads": 6, "head_dim": 128}
     line = assert_one_line(kvplan_cli("size", "--model", model_folder(tmp_path / "k", six), "--tp", "4"))
     assert "num_key_value_heads (6)" in line
-    line = assert_one_line(kvplan_cli("size", "--layers", "8", "--kv-heads", "8", "--head-dim", "128", "--tp", "3"))
+    line = assert_one_line(
+        kvplan_cli("size", "--layers", "8", "--kv-heads", "8", "--head-dim", "128", "--ctx", "8k", "--tp", "3")
+    )
     assert "num_key_value_heads (8) neither divides by nor divides --tp 3 (try --tp 2)" in line
 
 
