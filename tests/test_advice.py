@@ -81,6 +81,7 @@ def test_the_largest_batch_counts_the_memory_that_its_own_limit_takes() -> None:
     assert most is not None and most > 256
     assert kvplan.size(**asked, batch_size=most).fits is True
     assert kvplan.size(**asked, batch_size=most + 1).fits is False
+    assert [kvplan.itl(**asked, batch_size=count).fits for count in (most, most + 1)] == [True, False]
     report = kvplan.report(**asked)
     held = dict(zip(report.what_if.contexts_tokens, report.what_if.surfaces[0].max_users, strict=True))
     assert report.answers.max_users == held[4096] == most

@@ -15,6 +15,7 @@ from kvplan.latency.planner import parameters_of, plan_points
 from kvplan.latency.request import Point, make_itl_request
 from kvplan.latency.served import Served, serve
 from kvplan.latency.step import step_times
+from kvplan.memory.limits import kv_bytes_for
 from kvplan.memory.request import Source
 from kvplan.traffic import Floats
 from kvplan.units import ceil_div
@@ -105,7 +106,8 @@ def _max_context(served: Served, batch_size: int) -> int | None:
     if served.available_bytes is None or (served.told and served.scheduler_limit(batch_size) is not None):
         return None
     limit = max(served.model.max_context_tokens or FALLBACK_MAX_CONTEXT, served.setup.max_model_len_tokens)
-    return served.plan.max_context(served.available_bytes, ceil_div(batch_size, served.num_ranks), limit)
+    each = ceil_div(batch_size, served.num_ranks)
+    return served.plan.max_context(kv_bytes_for(served.setup, each, served.available_bytes), each, limit)
 
 
 def _against_16_bits(served: Served, options: dict[str, Any], batch_size: int, context: int

@@ -23,6 +23,7 @@ from kvplan.latency.request import ItlRequest, resolve_model_or_sibling
 from kvplan.latency.step import LoadFeatures, StepFeatures
 from kvplan.memory.cache_plan import CachePlan
 from kvplan.memory.engines import ENGINES, parse_version, resolve_engine
+from kvplan.memory.limits import kv_bytes_for
 from kvplan.memory.setup import Setup, budget_of, cache_plan, set_up, weights_of
 from kvplan.model_config.types import ModelConfig
 from kvplan.roofline import Peaks, peaks_of
@@ -117,11 +118,17 @@ class Served:
         """Requests of the fullest attention rank in one step, for a batch over all ranks and replicas."""
         return np.asarray(np.ceil(np.asarray(batch_size, dtype=float) / self.num_ranks))
 
-    def max_batch(self, context_tokens: Any) -> Floats | None:
-        """Requests of that context all ranks hold at once; None when memory is unknown."""
+    def max_batch(self, context_tokens: Any, batch_per_rank: Floats | None = None) -> Floats | None:
+        """Requests of that context all ranks hold, each told to run ``batch_per_rank``; None if memory is unknown."""
         if self.available_bytes is None:
             return None
-        return np.asarray(max_batches(self.plan, self.available_bytes, context_tokens) * self.num_ranks, dtype=float)
+        held = max_batches(self.plan, self.available_bytes, context_tokens)
+        if batch_per_rank is not None:
+            beyond = batch_per_rank > (self.setup.default_num_seqs or np.inf)
+            for count in np.unique(batch_per_rank[beyond]):
+                left, there = kv_bytes_for(self.setup, int(count), self.available_bytes), batch_per_rank == count
+                held[there] = max_batches(self.plan, left, context_tokens[there])
+        return np.asarray(held * self.num_ranks, dtype=float)
 
     def step_features(self, batch_per_rank: Floats, context_tokens: Number) -> StepFeatures:
         """Features of a step of ``batch_per_rank`` requests at a mean context; both float arrays of one shape."""

@@ -73,7 +73,10 @@ def test_halving_kv_bytes_never_raises_itl(m: str, g: str, e: str, tp: int, b: i
 @settings(deadline=None)
 def test_slope_is_the_derivative_where_the_model_is_linear(g: str, e: str, tp: int, b: int, c: int, more: int) -> None:
     point = {"gpu": g, "engine": e, "tp_size": tp, "batch_size": b}
-    here, there = plan(**point, context_tokens=c), plan(**point, context_tokens=c + more)
+    here, there = plan_or_none(**point, context_tokens=c), plan_or_none(**point, context_tokens=c + more)
+    assert (here is None) == (there is None) == (g == "mi300x" and e == "trtllm")  # which has no AMD GPU
+    if here is None or there is None:
+        return
     assert (there.itl_s - here.itl_s) / more == pytest.approx(here.slope_s_per_token, rel=1e-6)
 
 
