@@ -157,13 +157,13 @@ def _fewest(
             candidate = set_up(request)
             key = (gpu.vendor, gpu.architecture, replace(candidate.options, gpu=None))
             plan = plans.get(key) or plans.setdefault(key, cache_plan(candidate))
+            if (tp, dp) not in weights:
+                weights[tp, dp] = weights_of(candidate)
         except UnsupportedError as error:
             reason = _short_reason(error)
             continue
         except InputError:
             continue
-        if (tp, dp) not in weights:
-            weights[tp, dp] = weights_of(candidate)
         available = budget_of(candidate, weights[tp, dp]).kv_bytes
         if available is None:
             return replace(row, reason="weights unknown: give --params")

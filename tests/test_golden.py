@@ -11,7 +11,7 @@ from support import model_folder
 import kvplan
 from kvplan import profiles
 from kvplan.errors import InputError, UnsupportedError
-from kvplan.units import GIB, TIB
+from kvplan.units import GIB, MIB, TIB
 
 K32 = 32768
 
@@ -106,11 +106,15 @@ def test_without_a_gpu_every_gpu_gets_its_smallest_tp() -> None:
     assert answer.fits is None
 
 
-@pytest.mark.parametrize(("asked", "least"), [({"batch_size": 400}, 8), ({"dp_size": 8}, 8), ({"dp_size": 3}, 6)])
+@pytest.mark.parametrize(
+    ("asked", "least"),
+    [({"batch_size": 400}, 8), ({"dp_size": 8}, 8), ({"dp_size": 3}, 8), ({"dp_size": 3, "ep": True}, 6)],
+)
 def test_the_fewest_gpus_of_a_model_whose_replicas_share_experts_are_what_a_plan_of_that_layout_says(
     asked: dict[str, int], least: int
 ) -> None:
-    # 671 GB of FP8 weights, nearly all experts: one replica takes 5 GPUs of 150 GB, eight that share them hold 1/8 each
+    # 671 GB of FP8 weights, nearly all experts: one replica takes 5 GPUs of 150 GB, eight that share them hold 1/8
+    # each; six do not split the 2,048 columns of an expert, but can be dealt 256 experts
     request = {"model": "deepseek-v3", "context_tokens": 8192, **asked}
     row = next(row for row in kvplan.size(**request).gpus if row.gpu == "h200")
     assert row.num_gpus == least
@@ -129,6 +133,39 @@ def test_replicas_that_share_experts_are_as_many_as_split_these_evenly() -> None
 
 
 # ------------------------------------------------------------------------------------------------ parallelism
+
+
+@pytest.mark.parametrize("layout", [{"tp_size": 2}, {"pp_size": 2}, {"dp_size": 2}, {"dp_size": 2, "ep": True}])
+def test_a_server_of_several_gpus_has_nccl_buffers_however_they_share_the_model(layout: dict[str, Any]) -> None:
+    def overhead(model: str, **layout: Any) -> int | None:
+        return kvplan.size(model=model, gpu="h200", context_tokens=8192, **layout).memory.overhead_bytes
+
+    assert overhead("qwen3-30b-a3b", **layout) == (overhead("qwen3-30b-a3b") or 0) + 500 * MIB
+    replicas = "dp_size" in layout  # of a model without experts: servers that do not talk to each other
+    assert (overhead("8b", **layout) == overhead("8b")) is replicas
+
+
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        ({"model": "deepseek-v3", "tp_size": 4, "dp_size": 3}, "the 2,048 rows of mlp.experts.gate_proj"),
+        ({"model": "llama-2-13b", "tp_size": 5}, "the 13,824 rows of mlp.gate_proj do not divide by 5 ranks"),
+        ({"model": "qwen3-32b-fp8", "tp_size": 16}, "25,600 columns of mlp.down_proj are 1,600 on each of 16 ranks"),
+        ({"model": "qwen3-235b-a22b-fp8", "tp_size": 8, "engine": "sglang"}, "1,536 rows .* are 192 on each of 8"),
+    ],
+)
+def test_a_split_of_weights_that_the_engine_refuses_is_refused(asked: dict[str, Any], why: str) -> None:
+    for plan in (kvplan.size, kvplan.itl):
+        with pytest.raises(UnsupportedError, match=why):
+            plan(**asked, gpu="h200", context_tokens=8192, **({"batch_size": 1} if plan is kvplan.itl else {}))
+    assert kvplan.size(**asked, context_tokens=8192).gpus  # without a GPU it is no layout yet
+
+
+def test_a_dealt_expert_needs_no_split() -> None:
+    """vLLM deals 256 experts to 12 ranks, 22 to the fullest; FP8 blocks of experts that stay whole are whole."""
+    asked = {"gpu": "h200", "context_tokens": 8192, "ep": True}
+    assert kvplan.size(model="deepseek-v3", tp_size=4, dp_size=3, **asked).fits
+    assert kvplan.size(model="qwen3-235b-a22b-fp8", tp_size=8, engine="sglang", **asked).fits
 
 
 def test_tensor_parallelism_beyond_the_kv_heads_wins_nothing() -> None:

@@ -77,8 +77,8 @@ def test_a_fraction_that_leaves_no_room_for_activations_and_graphs_does_not_fit(
 
 
 def test_the_fraction_follows_the_chunk_the_graphs_and_the_ranks() -> None:
-    def reserved(**request: Any) -> float:
-        setup = server(model="8b", gpu="h100", **request)
+    def reserved(model: str = "8b", **request: Any) -> float:
+        setup = server(model=model, gpu="h100", **request)
         return sum(term.mebibytes for term in reserves(setup.model, setup.options))
 
     assert reserved() == 512 + 12288 + 512 + 128 + 464
@@ -89,7 +89,19 @@ def test_the_fraction_follows_the_chunk_the_graphs_and_the_ranks() -> None:
     assert reserved(max_num_seqs=64, engine_version="0.5.21") == reserved()
     assert reserved(pp_size=4) == 512 + 12288 + 512 + 512  # no graphs of prefill in a pipeline
     # attention on 8 data-parallel ranks: 512 × 8 × 4.5 MiB more, and TP is the 8 of all ranks
-    assert reserved(dp_size=8, ep=True) == 512 + 12288 + 1024 + 1024 + 512 * 8 * 4.5 + 464
+    shared = {"model": "qwen3-30b-a3b", "dp_size": 8, "ep": True}
+    assert reserved(**shared) == 512 + 12288 + 1024 + 1024 + 512 * 8 * 4.5 + 464
+    assert reserved(dp_size=8, ep=True) == reserved(dp_size=8) == reserved()  # no experts to share: replicas
+
+
+def test_ranks_of_attention_share_the_chunk_after_memory_is_set_aside_for_it() -> None:
+    """``_handle_data_parallelism`` divides ``--chunked-prefill-size`` when the fraction is set."""
+    shared = {"model": "qwen3-30b-a3b", "gpu": "h100", "dp_size": 8, "ep": True}
+    unasked = server(**shared)
+    assert unasked.batched_tokens == 8192 // 8
+    assert server(**shared, max_num_batched_tokens=1024).fraction == unasked.fraction
+    assert server(**shared, max_num_batched_tokens=2048).fraction < unasked.fraction
+    assert server(**{**shared, "ep": False}).batched_tokens == 8192  # eight servers
 
 
 def test_latent_attention_takes_more_for_prefill_graphs_and_none_on_blackwell() -> None:

@@ -19,7 +19,7 @@ COUNT = r"[\d,]+"
 # pass over the file.
 NEEDLES = (
     b"GiB", b"weights took", b"mem usage", b"KV cache size:", b"Maximum concurrency", b"engine (v",
-    b"API server version", b"args: ", b"ServerArgs(", b"max_total_num_tokens=", b" blocks: ", b"primary pool: ",
+    b"API server version", b"args: ", b"server_args=", b"max_total_num_tokens=", b" blocks: ", b"primary pool: ",
     b"okens per block", b" block size to ", b"arallelism is enabled", b"padding layers", b"out of memory",
     b"for the cache blocks", b"device_name=", b"prefill is enabled with", b"to store kv cache", b"max seq len",
     b"KvCacheConfig(", b"LLM version: ", b"#tokens: ", b"startup complete", b"is fired up",
@@ -137,12 +137,12 @@ ARGUMENT_LINES = {
     "LLM engine (v": VLLM,
     "non-default args: ": VLLM,
     "args: Namespace(": VLLM,
-    "ServerArgs(": SGLANG,
+    "server_args=": SGLANG,
     "KvCacheConfig(": TRTLLM,
 }
 """Lines that list settings as ``name=value`` or ``'name': value``, by what they hold."""
 
-NEW_START = ("API server version", "server_args=ServerArgs(", "TensorRT-LLM version: ")
+NEW_START = ("API server version", "server_args=", "TensorRT-LLM version: ")
 """What a server prints once, first, each time it starts: a log of several starts is read from the last one on."""
 
 READY = ("Application startup complete", "The server is fired up and ready")
@@ -165,6 +165,7 @@ SETTINGS = {
     },
     SGLANG: {
         "model_path": "model", "tp_size": "tp_size", "dp_size": "dp_size", "pp_size": "pp_size",
+        "dcp_size": "dcp_size", "attn_dp_size": "attention_dp_size",
         "kv_cache_dtype": "kv_cache_dtype", "page_size": "block_size_tokens", "context_length": "max_model_len_tokens",
         "mem_fraction_static": "gpu_memory_utilization", "max_running_requests": "max_num_seqs",
         "quantization": "quantization", "dtype": "dtype", "speculative_algorithm": "speculative",

@@ -95,19 +95,27 @@ def quote(text: str) -> str:
 def settle_sglang(facts: dict[str, Fact]) -> None:
     """Settings of SGLang in the terms of a sizing request, in place.
 
-    Its ``tp_size`` counts every rank, and with ``enable_dp_attention`` so does ``max_running_requests``
-    (``layers/dp_attention.py`` ``compute_dp_attention_world_info``); a request counts those of one replica.
+    Its ``tp_size`` counts every rank, and with data-parallel attention so does ``max_running_requests``
+    (``layers/dp_attention.py`` ``compute_dp_attention_world_info``); a request counts those of one replica. The ranks
+    of that attention are ``attn_dp_size``, before 0.5.22 ``dp_size`` with ``enable_dp_attention``. With contexts split
+    among ranks, a pool prints the tokens of one rank.
     """
-    off, attention_dp, ep_size = (facts.pop(name, None) for name in ("prefix_caching_off", "attention_dp", "ep_size"))
+    names = ("prefix_caching_off", "attention_dp", "attention_dp_size", "ep_size")
+    off, attention_dp, width, ep_size = (facts.pop(name, None) for name in names)
     if off is not None:
         facts["enable_prefix_caching"] = Fact(not off.value, off.where)
     replicas = facts.get("dp_size")
-    alone = replicas is None or replicas.number <= 1
-    if attention_dp is not None and attention_dp.value and replicas is not None and not alone:
+    if attention_dp is not None and attention_dp.value and (width is None or width.number <= 1):
+        width = replicas
+    if width is not None and width.number > 1:
         for name in ("tp_size", "max_num_seqs"):
             if (whole := facts.get(name)) is not None:
-                each = max(int(whole.number / replicas.number), 1)
-                facts[name] = Fact(each, f"{whole.where}, of dp_size={replicas.value}")
-        facts["ep"] = attention_dp
-    elif ep_size is not None and ep_size.number > 1 and alone:
+                each = max(int(whole.number / width.number), 1)
+                facts[name] = Fact(each, f"{whole.where}, over {width.value} ranks of attention")
+        facts["dp_size"], facts["ep"] = width, Fact(True, width.where)
+    elif ep_size is not None and ep_size.number > 1 and (replicas is None or replicas.number <= 1):
         facts["ep"] = Fact(True, ep_size.where)
+    split, capacity = facts.get("dcp_size"), facts.get("capacity_tokens")
+    if split is not None and split.number > 1 and capacity is not None and "#tokens" in capacity.where:
+        each = int(capacity.number * split.number)
+        facts["capacity_tokens"] = Fact(each, f"{capacity.where}, on each of {split.value} ranks")

@@ -1,6 +1,7 @@
 """How to start each engine with the plan. Only options that the engine's own command line has.
 
-vLLM: ``vllm serve --help`` (vllm/engine/arg_utils.py). SGLang: sglang/srt/server_args.py (read in 0.5.5).
+vLLM: ``vllm serve --help`` (vllm/engine/arg_utils.py). SGLang: sglang/srt/server_args.py, since 0.5.20 arg_groups/
+(read in 0.5.5 to 0.5.23).
 TensorRT-LLM: tensorrt_llm/commands/serve.py (read in 1.2 development); the KV dtype is not an option there but a field
 of the YAML file that ``--config`` names.
 """
@@ -13,17 +14,26 @@ from dataclasses import replace
 
 from kvplan import profiles
 from kvplan.document.parts import Launch
-from kvplan.dtypes import kv_format
+from kvplan.dtypes import AUTO, kv_format
+from kvplan.errors import KvplanError
 from kvplan.memory.cache_plan import CachePlan
 from kvplan.memory.engines import ENGINES
+from kvplan.memory.engines.sglang_memory import rules_version
 from kvplan.memory.engines.tensorrt_llm import ELSEWHERE
 from kvplan.memory.engines.vllm_versions import CURRENT
 from kvplan.memory.setup import Setup
+from kvplan.memory.splits import redundant_experts, split_refusal
 
-SGLANG_KV = {"bfloat16": "auto", "float16": "auto", "fp8": "fp8_e4m3", "fp8_e4m3": "fp8_e4m3", "fp8_e5m2": "fp8_e5m2",
-             "fp8_ds_mla": "fp8_e4m3"}  # fmt: skip
+SGLANG_KV = {"float16": "auto", "bfloat16": "bfloat16", "fp8": "fp8_e4m3", "fp8_e4m3": "fp8_e4m3",
+             "fp8_e5m2": "fp8_e5m2", "fp8_ds_mla": "fp8_e4m3", "nvfp4": "nvfp4"}  # fmt: skip
 TRTLLM_KV = {"bfloat16": "auto", "float16": "auto", "fp8": "fp8", "fp8_e4m3": "fp8", "nvfp4": "nvfp4"}
 """KV formats by our name → what the engine's ``--kv-cache-dtype`` or ``kv_cache_config.dtype`` calls them."""
+
+TRTLLM_CONFIG = "kvplan-trtllm.yaml"
+SGLANG_DCP_SINCE = SGLANG_NVFP4_SINCE = (0, 5, 16)
+SGLANG_ATTN_DP_SINCE = (0, 5, 22)
+"""Versions with ``--dcp-size`` and ``--kv-cache-dtype nvfp4`` (0.5.14 has neither), and with ``--attn-dp-size``, which
+replaces ``--enable-dp-attention``."""
 
 LEAST_FRACTION = 0.01
 """SGLang's fraction below which what it sets aside is the whole GPU."""
@@ -44,7 +54,10 @@ def launches_of(setup: Setup, cache: CachePlan, *, fits: bool) -> list[Launch]:
     names = sorted(makers, key=lambda name: name != planned)
     found = []
     for name in names:
+        refusal = split_refusal(setup.model, name, setup.split, setup.request.weight_dtype)
         command, notes = makers[name](setup, cache.kv_cache_dtype, users)
+        if refusal is not None:
+            command, notes = None, [f"no launch line: {refusal}"]
         if setup.request.weight_dtype is not None and command is not None:
             notes.append(f"the plan takes weights stored as {setup.request.weight_dtype}: serve such a checkpoint")
         if name != planned:
@@ -81,23 +94,33 @@ def _above_one(count: int) -> int | None:
 
 def _attention_dp(setup: Setup) -> int:
     """Data-parallel ranks that one server spans because they share the experts; 1 where each is a replica."""
-    return setup.request.dp_size if setup.shares_experts or setup.request.ep else 1
+    return setup.request.dp_size if setup.shares_experts else 1
 
 
 def _fraction(setup: Setup, engine: str) -> float:
     """The planned fraction on the planned engine, elsewhere the other engine's default for what its line says."""
     if setup.engine.name == engine:
         return setup.fraction
-    chunk, spans = setup.request.max_num_batched_tokens or 0, _attention_dp(setup) > 1
-    options = replace(setup.options, version=None, batched_tokens=chunk, ep=setup.request.ep or spans)
+    options = replace(setup.options, version=None, ep=_attention_dp(setup) > 1 or setup.split.ep)
     return ENGINES[engine].default_fraction(setup.model, options).value
+
+
+def _is_auto(setup: Setup, engine: str, kv_dtype: str) -> bool:
+    """Whether ``kv_dtype`` has 16 bits and ``auto`` is it: checkpoints ask for others, and kernels of some GPUs."""
+    if kv_format(kv_dtype).key_bits != 16:
+        return False
+    version = setup.options.version if setup.engine.name == engine else None
+    options = replace(setup.options, kv_cache_dtype=AUTO, block_size_tokens=None, version=version)
+    try:
+        return ENGINES[engine].plan_cache(setup.model, options).kv_cache_dtype == kv_dtype
+    except KvplanError:
+        return False
 
 
 def _vllm(setup: Setup, kv_dtype: str, users: int | None) -> tuple[str | None, list[str]]:
     request, mine = setup.request, setup.engine.name == "vllm"
     given = request.kv_cache_memory_bytes if mine else None
     fraction = _fraction(setup, "vllm")
-    sixteen = kv_format(kv_dtype).key_bits == 16
     if ":" in kv_dtype:
         return None, [f"vLLM has no KV format {kv_dtype}"]
     default = ENGINES["vllm"].default_num_seqs(setup.gpu, (setup.options.version or ()) if mine else CURRENT)
@@ -109,11 +132,11 @@ def _vllm(setup: Setup, kv_dtype: str, users: int | None) -> tuple[str | None, l
         ("--pipeline-parallel-size", _above_one(request.pp_size)),
         ("--data-parallel-size", _above_one(request.dp_size)),
         ("--decode-context-parallel-size", _above_one(request.dcp_size)),
-        ("--enable-expert-parallel", True if request.ep else None),
+        ("--enable-expert-parallel", True if setup.split.ep else None),
         ("--max-model-len", setup.max_model_len_tokens),
         ("--max-num-seqs", limit),
         ("--max-num-batched-tokens", request.max_num_batched_tokens),
-        ("--kv-cache-dtype", "auto" if sixteen else kv_dtype),
+        ("--kv-cache-dtype", AUTO if _is_auto(setup, "vllm", kv_dtype) else kv_dtype),
         ("--block-size", request.block_size_tokens),
         ("--no-enable-prefix-caching", None if request.enable_prefix_caching else True),
         ("--gpu-memory-utilization", f"{fraction:g}" if given is None else None),
@@ -126,32 +149,49 @@ def _vllm(setup: Setup, kv_dtype: str, users: int | None) -> tuple[str | None, l
 
 
 def _sglang(setup: Setup, kv_dtype: str, users: int | None) -> tuple[str | None, list[str]]:
-    request = setup.request
-    if kv_dtype not in SGLANG_KV:
-        return None, [f"SGLang has no KV format {kv_dtype}; it takes auto, bf16, fp8_e4m3, fp8_e5m2 and fp4_e2m1"]
-    if request.dcp_size > 1:
-        return None, ["no launch line: how SGLang splits contexts among GPUs (--dcp-size of newer 0.5.x) was not read"]
+    request, mine = setup.request, setup.engine.name == "sglang"
+    version = rules_version(setup.options.version if mine else None)
+    if kv_dtype not in SGLANG_KV or (kv_dtype == "nvfp4" and version < SGLANG_NVFP4_SINCE):
+        return None, [f"SGLang has no KV format {kv_dtype}; it takes {', '.join(dict.fromkeys(SGLANG_KV.values()))}"]
+    if request.dcp_size > 1 and version < SGLANG_DCP_SINCE:
+        return None, ["no launch line: SGLang splits contexts among GPUs (--dcp-size) since 0.5.16"]
     fraction, chunk = _fraction(setup, "sglang"), request.max_num_batched_tokens
-    if fraction < LEAST_FRACTION and chunk is not None and setup.engine.name != "sglang":
+    if fraction < LEAST_FRACTION and chunk is not None and not mine:
         return None, [f"no launch line: a chunked prefill of {chunk:,} tokens leaves SGLang no memory on this GPU"]
-    ranks, limit = _attention_dp(setup), request.max_num_seqs or users
+    ranks, limit, copies = (
+        _attention_dp(setup),
+        request.max_num_seqs or users,
+        redundant_experts(setup.model, setup.split),
+    )
+    renamed = version >= SGLANG_ATTN_DP_SINCE and ranks > 1
     options = [
         ("--tp-size", _above_one(request.tp_size * ranks)),
         ("--pp-size", _above_one(request.pp_size)),
-        ("--dp-size", _above_one(request.dp_size)),
-        ("--enable-dp-attention", True if ranks > 1 else None),
-        ("--ep-size", request.tp_size * ranks if request.ep else None),
+        ("--attn-dp-size" if renamed else "--dp-size", _above_one(request.dp_size)),
+        ("--enable-dp-attention", True if ranks > 1 and not renamed else None),
+        ("--dcp-size", _above_one(request.dcp_size)),
+        ("--ep-size", setup.split.expert_ranks if setup.split.ep else None),
+        ("--ep-num-redundant-experts", copies or None),
         ("--context-length", setup.max_model_len_tokens),
-        ("--max-running-requests", limit and limit * ranks),  # attention ranks share it, replicas have it each
-        ("--kv-cache-dtype", SGLANG_KV[kv_dtype]),
+        ("--max-running-requests", limit and limit * ranks),  # ranks of attention share both, replicas have them each
+        ("--kv-cache-dtype", AUTO if _is_auto(setup, "sglang", kv_dtype) else SGLANG_KV[kv_dtype]),
         ("--page-size", request.block_size_tokens),
-        ("--chunked-prefill-size", chunk),
+        ("--chunked-prefill-size", chunk and chunk * ranks),
         ("--swa-full-tokens-ratio", request.swa_full_tokens_ratio),
         ("--mamba-full-memory-ratio", request.mamba_full_memory_ratio),
         ("--disable-radix-cache", None if request.enable_prefix_caching else True),
         ("--mem-fraction-static", f"{fraction:g}"),
     ]
-    return _command(["python", "-m", "sglang.launch_server", "--model-path", model_reference(setup)], options), []
+    notes = []
+    if copies:
+        notes.append(_copies_note(setup, copies))
+    if request.dcp_size > 1:
+        notes.append("which attention kernels take --dcp-size was not read")
+    return _command(["python", "-m", "sglang.launch_server", "--model-path", model_reference(setup)], options), notes
+
+
+def _copies_note(setup: Setup, copies: int) -> str:
+    return f"its experts do not divide by {setup.split.expert_ranks} ranks: {copies} redundant ones fill them up"
 
 
 def _tensorrt_llm(setup: Setup, kv_dtype: str, users: int | None) -> tuple[str | None, list[str]]:
@@ -163,19 +203,28 @@ def _tensorrt_llm(setup: Setup, kv_dtype: str, users: int | None) -> tuple[str |
     ranks = _attention_dp(setup)
     if request.dcp_size > 1 or request.dp_size > ranks:
         return None, ["one trtllm-serve runs one replica; start one for each, without context parallelism"]
-    notes, config = [], None
-    if TRTLLM_KV[kv_dtype] != "auto" or ranks > 1:
-        config = "kvplan-trtllm.yaml"
-        attention_dp = "enable_attention_dp: true, " if ranks > 1 else ""
-        notes.append(f"{config} holds: {{{attention_dp}kv_cache_config: {{dtype: {TRTLLM_KV[kv_dtype]}}}}}")
-    gpus = request.tp_size * ranks
+    is_auto = _is_auto(setup, "tensorrt-llm", kv_dtype)
+    if TRTLLM_KV[kv_dtype] == AUTO and not is_auto:
+        return None, [f"no launch line: TensorRT-LLM takes the KV format that the checkpoint asks for, not {kv_dtype}"]
+    copies, held = redundant_experts(setup.model, setup.split), []
+    if ranks > 1:
+        held.append("enable_attention_dp: true")
+    if not is_auto or held:
+        held.append(f"kv_cache_config: {{dtype: {AUTO if is_auto else TRTLLM_KV[kv_dtype]}}}")
+    notes = []
+    if copies:
+        slots = max(layer.num_experts for layer in setup.model.layers) + copies
+        held.append(f"moe_config: {{load_balancer: {{num_slots: {slots}}}}}")
+        notes.append(_copies_note(setup, copies))
+    if held:
+        notes.insert(0, f"{TRTLLM_CONFIG} holds: {{{', '.join(held)}}}")
     options = [
-        ("--tp_size", _above_one(gpus)),
+        ("--tp_size", _above_one(request.tp_size * ranks)),
         ("--pp_size", _above_one(request.pp_size)),
-        ("--ep_size", gpus if request.ep else None),
+        ("--ep_size", setup.split.expert_ranks if setup.split.ep else None),
         ("--max_seq_len", setup.max_model_len_tokens),
         ("--max_batch_size", users if request.max_num_seqs is None else request.max_num_seqs),
         ("--free_gpu_memory_fraction", f"{_fraction(setup, 'tensorrt-llm'):g}"),
-        ("--config", config),
+        ("--config", TRTLLM_CONFIG if held else None),
     ]
     return _command(["trtllm-serve", model_reference(setup)], options), notes

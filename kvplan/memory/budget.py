@@ -71,7 +71,10 @@ class Budget:
 
 @dataclass(frozen=True)
 class BudgetInputs:
-    """What the budget is made of besides the model: the engine's options and the user's overrides."""
+    """What the budget is made of besides the model: the engine's options and the user's overrides.
+
+    ``num_ranks`` are those of one server, which talk to each other; ``ep`` says that they send tokens to experts.
+    """
 
     gpu: GpuSpec | None
     engine: Engine
@@ -80,6 +83,8 @@ class BudgetInputs:
     batched_tokens: int
     num_seqs: int
     tp_size: int
+    num_ranks: int
+    ep: bool = False
     subtracts_graphs: bool = True
     kept_share: float = 1.0
     num_layers: int = 0
@@ -205,6 +210,12 @@ def _graphs(inputs: BudgetInputs) -> Term:
 
 
 def _overhead(inputs: BudgetInputs) -> Term:
-    value = CONTEXT_BYTES + (COLLECTIVE_BYTES if inputs.tp_size > 1 else 0)
-    detail = "CUDA context and libraries" + (", NCCL buffers" if inputs.tp_size > 1 else "")
-    return Term(value, "assumed", detail, "--overhead-memory")
+    """Contexts of libraries; vLLM and SGLang exchange tokens of experts through NCCL too unless told otherwise.
+
+    vLLM's ``config/parallel.py`` ``all2all_backend``, ``envs.py`` ``VLLM_DEEPEP_BUFFER_SIZE_MB``.
+    """
+    talks = inputs.num_ranks > 1
+    detail = "CUDA context and libraries" + (", NCCL buffers" if talks else "")
+    if talks and inputs.ep:
+        detail += "; DeepEP's (1 GiB in vLLM) not counted"
+    return Term(CONTEXT_BYTES + (COLLECTIVE_BYTES if talks else 0), "assumed", detail, "--overhead-memory")

@@ -15,6 +15,7 @@ from kvplan.memory.engines import Engine, parse_version, resolve_engine
 from kvplan.memory.engines.options import EngineOptions, MemoryFraction
 from kvplan.memory.engines.vllm_versions import CURRENT, VersionRules
 from kvplan.memory.request import SizeRequest
+from kvplan.memory.splits import Split, split_refusal
 from kvplan.model_config import resolve_model
 from kvplan.model_config.reader import read_model_config
 from kvplan.model_config.types import AttentionCache, ModelConfig
@@ -62,6 +63,11 @@ class Setup:
     def expert_ranks(self) -> int:
         """Ranks that share the experts, whole or in parts."""
         return self.request.tp_size * (self.request.dp_size if self.shares_experts else 1)
+
+    @property
+    def split(self) -> Split:
+        """How one server splits weights over its ranks."""
+        return Split(self.request.tp_size, self.expert_ranks, self.request.ep and self.model.is_moe)
 
     @property
     def batch_per_replica(self) -> int:
@@ -129,8 +135,11 @@ def set_up(request: SizeRequest) -> Setup:
     version = parse_version(request.engine_version, engine.version)
     gpu = _gpu_of(request)
     rules = VersionRules(version if engine.name == "vllm" else CURRENT)
-    own = engine.default_batched_tokens
-    batched = request.max_num_batched_tokens or (own(gpu, version) if own else rules.default_batched_tokens(gpu))
+    deals_experts = request.ep and model.is_moe
+    own, attention_dp = engine.default_batched_tokens, request.dp_size if deals_experts else 1
+    batched = request.max_num_batched_tokens or (
+        own(gpu, version, attention_dp) if own else rules.default_batched_tokens(gpu)
+    )
     num_seqs = request.max_num_seqs or rules.default_num_seqs(gpu)
     context = request.context_tokens or request.max_model_len_tokens or model.max_context_tokens
     if context is None:
@@ -148,11 +157,11 @@ def set_up(request: SizeRequest) -> Setup:
         pp_size=request.pp_size,
         dp_size=request.dp_size,
         dcp_size=request.dcp_size,
-        ep=request.ep,
+        ep=deals_experts,
         block_size_tokens=request.block_size_tokens,
         enable_prefix_caching=request.enable_prefix_caching,
         tokens_in_flight=rules.tokens_in_flight(batched, request.pp_size),
-        batched_tokens=batched,
+        batched_tokens=request.max_num_batched_tokens or 0,
         max_num_seqs=num_seqs,
         running_limit=request.max_num_seqs,
         longest_tokens=max_len,
@@ -250,7 +259,12 @@ def cache_plan(setup: Setup) -> CachePlan:
 
 
 def weights_of(setup: Setup) -> WeightBytes | None:
-    """Weights on one GPU; None when the model came from flags and no parameter count was given."""
+    """Weights on one GPU; None when the model came from flags and no parameter count was given.
+
+    Raises:
+        UnsupportedError: the engine does not start with weights split so over the GPUs that are named.
+
+    """
     request = setup.request
     if not setup.has_model:
         if request.num_parameters is None:
@@ -263,9 +277,13 @@ def weights_of(setup: Setup) -> WeightBytes | None:
         return WeightBytes(
             share, {}, total, "assumed", f"{request.num_parameters:,} parameters of {bits} bits, split evenly"
         )
-    ranks = setup.expert_ranks
-    return weight_bytes(setup.model, tp_size=request.tp_size, pp_size=request.pp_size, moe_tp_size=ranks,
-                        ep_size=ranks if request.ep else 1, weight_dtype=request.weight_dtype)  # fmt: skip
+    split = setup.split
+    refusal = split_refusal(setup.model, setup.engine.name, split, request.weight_dtype)
+    if refusal is not None and setup.gpu is not None:
+        other = "other --tp and --dp, or --ep" if setup.model.is_moe and not split.ep else "other --tp and --dp"
+        raise UnsupportedError(f"{setup.model.name}: {refusal}", hint=f"try {other}")
+    return weight_bytes(setup.model, tp_size=split.tp_size, pp_size=request.pp_size, moe_tp_size=split.expert_ranks,
+                        ep_size=split.expert_ranks if split.ep else 1, weight_dtype=request.weight_dtype)  # fmt: skip
 
 
 def budget_of(setup: Setup, weights: WeightBytes | None) -> Budget:
@@ -285,6 +303,8 @@ def budget_of(setup: Setup, weights: WeightBytes | None) -> Budget:
         batched_tokens=setup.batched_tokens,
         num_seqs=setup.options.max_num_seqs,
         tp_size=request.tp_size,
+        num_ranks=setup.split.expert_ranks * request.pp_size,
+        ep=setup.split.ep,
         num_layers=ceil_div(setup.model.num_layers, request.pp_size),
         version=version,
         version_read=nearest is None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -324,8 +325,25 @@ def test_sglangs_attention_over_data_parallel_ranks_is_planned_on_its_own_gpus()
     assert (request.tp_size, request.dp_size, request.ep, result.plan.answers.num_gpus) == (1, 8, True, 8)
     assert (request.enable_prefix_caching, request.max_num_batched_tokens, request.max_num_seqs) == (False, 2048, 128)
     assert term(result, "weights_bytes").verdict == "agrees"
+    # since 0.5.20 a dict, since 0.5.22 with a width of its own and the ranks of data parallelism apart
+    newer = text.replace("ServerArgs(", "{").replace(")\n", "}\n", 1).replace("dp_size=8", "dp_size=1, attn_dp_size=8")
+    head, rest = newer.split("\n", 1)
+    head = re.sub(r"(\w+)=(?!\{)", r"'\1': ", head)
+    assert held(f"{head}\n{rest}", gpu="h200").plan.request == request
     replicas = held(text.replace("enable_dp_attention=True", "enable_dp_attention=False"), gpu="h200").plan.request
     assert (replicas.tp_size, replicas.dp_size, replicas.ep, replicas.max_num_seqs) == (8, 8, False, 1024)
+
+
+def test_tokens_of_a_pool_are_those_of_each_rank_where_sglang_splits_contexts() -> None:
+    """An eighth of the latents of every context on each GPU: the eight hold 8 times what the line of one says."""
+    text = (
+        "[2026-11-14 05:48:25] server_args={'model_path': 'deepseek-ai/DeepSeek-V3', 'tp_size': 8, 'dcp_size': 8}\n"
+        "[2026-11-14 05:49:03 TP0] KV Cache is allocated. dtype: torch.bfloat16, #tokens: 171008, KV size: 11.19 GB\n"
+    )
+    result = held(text, gpu="h200")
+    assert result.plan.request.dcp_size == 8
+    assert term(result, "capacity_tokens").verdict == "agrees"
+    assert term(result, "capacity_tokens").observed == 8 * 171008
 
 
 def test_sglang_and_tensorrt_llm_are_held_within_the_tolerance() -> None:

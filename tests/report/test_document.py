@@ -403,9 +403,10 @@ def test_launch_commands_quote_what_a_shell_would_read_and_say_what_the_plan_tak
         assert "the plan takes weights stored as fp8: serve such a checkpoint" in item.notes
 
 
-def launched(engine: str, **question: Any) -> str:
+def launched(by: str, /, **question: Any) -> str:
+    """The line of one engine, ``engine`` being the planned one."""
     launch = kvplan.report(**{"context_tokens": "8k", "date": DATE, **question}).launch
-    return next(item.command for item in launch if item.engine == engine) or ""
+    return next(item.command for item in launch if item.engine == by) or ""
 
 
 def test_a_line_of_another_engine_has_the_fraction_of_its_own_chunk() -> None:
@@ -422,13 +423,70 @@ def test_ranks_that_share_experts_are_one_server_of_every_engine() -> None:
     """vLLM deals experts over data-parallel ranks unasked; SGLang shares its limit of requests among such ranks."""
     asked: dict[str, Any] = {"model": "deepseek-v3", "gpu": "h200", "dp_size": 8, "concurrency": 64}
     shared = launched("sglang", **asked)
-    assert " --tp-size 8 --dp-size 8 --enable-dp-attention --context-length" in shared
+    assert " --tp-size 8 --attn-dp-size 8 --context-length" in shared
     assert " --max-running-requests 64 " in shared and "--ep-size" not in shared
     own = kvplan.size(model="deepseek-v3", gpu="h200", dp_size=8, ep=True, engine="sglang", context_tokens="8k")
     assert f"--mem-fraction-static {own.request.gpu_memory_utilization:g}" in shared
     assert " --tp_size 8 --max_seq_len" in launched("tensorrt-llm", **asked)
     assert "--ep-size 8 " in launched("sglang", **asked, ep=True)
     assert " --max-running-requests 2048 " in launched("sglang", **asked, ep=True, max_num_seqs=256)
+    older = launched("sglang", **asked, ep=True, engine="sglang", engine_version="0.5.21")
+    assert " --tp-size 8 --dp-size 8 --enable-dp-attention --ep-size 8 " in older
+
+
+def test_ranks_of_sglangs_attention_are_launched_with_the_chunk_of_all_of_them() -> None:
+    """It divides the option by its ranks: 1,024 tokens a step of each of eight are its default of 8,192."""
+    asked: dict[str, Any] = {"model": "deepseek-v3", "gpu": "h200", "dp_size": 8, "ep": True, "engine": "sglang"}
+    stated = launched("sglang", **asked, max_num_batched_tokens=1024)
+    assert " --chunked-prefill-size 8192 " in stated
+    assert stated.replace(" --chunked-prefill-size 8192", "") == launched("sglang", **asked)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "tensorrt-llm"])
+def test_a_model_without_experts_is_launched_without_expert_parallelism(engine: str) -> None:
+    """vLLM refuses it: "Number of experts in the model must be greater than 0"."""
+    asked: dict[str, Any] = {"model": "8b", "gpu": "h200", "engine": engine, "tp_size": 2, "dp_size": 2}
+    for name in ("vllm", "sglang", "tensorrt-llm"):
+        assert launched(name, **asked, ep=True) == launched(name, **asked)
+
+
+@pytest.mark.parametrize(
+    ("engine", "named"),
+    [("vllm", "--kv-cache-dtype auto"), ("sglang", "--kv-cache-dtype bfloat16"), ("tensorrt-llm", "trtllm-serve")],
+)
+def test_a_line_names_16_bits_where_auto_is_something_else(engine: str, named: str) -> None:
+    """SGLang makes FP8 of sparse latents on Blackwell; a ModelOpt checkpoint may ask for it everywhere."""
+    asked: dict[str, Any] = {"model": "deepseek-v3.2", "tp_size": 8, "kv_cache_dtype": "bf16", "engine": engine}
+    assert named in launched(engine, **asked, gpu="b200")
+    assert "bfloat16" not in launched(engine, **asked, gpu="h200")
+    declared = launched(engine, **{**asked, "model": "qwen3-235b-a22b-nvfp4"}, gpu="b200")
+    assert "--kv-cache-dtype bfloat16" in declared or (engine == "tensorrt-llm" and declared == "")
+
+
+def test_experts_that_ranks_do_not_divide_are_filled_up_where_the_engine_needs_as_many_on_each() -> None:
+    """256 over 12 ranks: vLLM deals 21 or 22, the others need 8 copies for 22 on each."""
+    asked: dict[str, Any] = {"model": "deepseek-v3", "gpu": "h200", "tp_size": 4, "dp_size": 3, "ep": True}
+    report = kvplan.report(**asked, context_tokens="8k", date=DATE)
+    lines = {item.engine: item for item in report.launch}
+    assert "redundant" not in str(lines["vllm"])
+    assert " --ep-size 12 --ep-num-redundant-experts 8 " in (lines["sglang"].command or "")
+    assert any("num_slots: 264" in note for note in lines["tensorrt-llm"].notes)
+    assert "redundant" not in launched("sglang", **{**asked, "dp_size": 2})
+
+
+def test_contexts_are_split_by_sglang_since_0_5_16() -> None:
+    asked: dict[str, Any] = {"model": "deepseek-v3", "gpu": "h200", "tp_size": 8, "dcp_size": 8, "engine": "sglang"}
+    assert " --tp-size 8 --dcp-size 8 " in launched("sglang", **asked)
+    assert launched("sglang", **asked, engine_version="0.5.14") == ""
+
+
+def test_an_engine_that_refuses_the_split_has_no_command_but_a_reason() -> None:
+    """1,536 columns over 8 ranks are 192, one and a half blocks of FP8 scales: vLLM 0.33 refines them, SGLang stops."""
+    report = kvplan.report(model="qwen3-235b-a22b-fp8", gpu="h200", tp_size=8, context_tokens="8k", date=DATE)
+    lines = {item.engine: item for item in report.launch}
+    assert lines["vllm"].command is not None and lines["sglang"].command is None
+    assert "whole blocks of 128" in lines["sglang"].notes[0]
+    assert " --ep-size 8 " in launched("sglang", model="qwen3-235b-a22b-fp8", gpu="h200", tp_size=8, ep=True)
 
 
 def test_replicas_are_started_with_a_limit_each() -> None:

@@ -30,7 +30,8 @@ class Engine:
         default_fraction: for a model and options, with its derivation where there is one.
         kept_share: what of the fraction, a given one too, the engine really takes.
         splits_contexts: its decode context parallelism is among the rules that were read, so that it may be advised.
-        default_batched_tokens: tokens of a step unless told, for a GPU and version; None where they are vLLM's.
+        default_batched_tokens: tokens of a step of one replica unless told, for a GPU, a version and ranks of
+            data-parallel attention; None where they are vLLM's.
         fraction_flag: the engine's own option.
         exact: whether the rules reproduce the engine's allocator.
         default_num_seqs: requests a replica runs at once unless told, for a GPU and version; None where the rules do
@@ -53,7 +54,7 @@ class Engine:
     default_num_seqs: Callable[[GpuSpec | None, tuple[int, ...]], int | None] = lambda gpu, version: None
     experts_span_dp: bool = False
     splits_contexts: bool = False
-    default_batched_tokens: Callable[[GpuSpec | None, tuple[int, ...]], int] | None = None
+    default_batched_tokens: Callable[[GpuSpec | None, tuple[int, ...], int], int] | None = None
     derived_num_seqs: Callable[[CachePlan, int, int], tuple[int, str, str]] | None = None
     kept_share: Callable[[ModelConfig, EngineOptions], float] = lambda model, options: 1.0
 
@@ -100,10 +101,10 @@ def _sglang_fraction(model: ModelConfig, options: EngineOptions) -> MemoryFracti
     return sglang_memory.default_fraction(model, options)
 
 
-def _sglang_batched(gpu: GpuSpec | None, version: tuple[int, ...]) -> int:
+def _sglang_batched(gpu: GpuSpec | None, version: tuple[int, ...], attention_dp: int) -> int:
     from kvplan.memory.engines import sglang_memory
 
-    return sglang_memory.default_batched_tokens(gpu, version)
+    return sglang_memory.default_batched_tokens(gpu, version, attention_dp)
 
 
 def _sglang_num_seqs(plan: CachePlan, available_bytes: int, longest_tokens: int) -> tuple[int, str, str]:

@@ -45,6 +45,7 @@ class Rules:
         states_per_request: states one request holds.
         windows: whether sliding-window layers keep the window only (else the whole context).
         sparse_rows: whether FP8 of sparse latent attention is stored as 656-byte rows (else 576).
+        replicates_index: whether every rank keeps all index keys where ranks split the context.
         auto: what ``auto`` becomes for a model.
         source: where the rules come from.
 
@@ -58,6 +59,7 @@ class Rules:
     windows: bool = True
     states_per_request: int = 1
     sparse_rows: bool = False
+    replicates_index: bool = False
     auto: Callable[[ModelConfig], str] | None = None
 
 
@@ -127,6 +129,9 @@ def _format(rules: Rules, model: ModelConfig, options: EngineOptions) -> KvForma
         )
     if fmt.name.endswith("_ds_mla") and "mla" not in model.cache_kinds:
         raise UnsupportedError(f"{fmt.name} is for latent attention (DeepSeek, GLM-5)")
+    if fmt.name.endswith("_ds_mla") and rules.formats is not None and not rules.sparse_rows:
+        raise UnsupportedError(f"{rules.name} stores FP8 latents of {model.name} here as plain values, without scales",
+                               hint="--kv-cache-dtype fp8")  # fmt: skip
     return fmt
 
 
@@ -143,7 +148,8 @@ def _pages(cache: object, rules: Rules, model: ModelConfig, fmt: KvFormat, block
     if isinstance(cache, LatentCache):
         return (_latent(cache if rules.sparse_rows else replace(cache, top_k_tokens=None), fmt, block, options),)
     if isinstance(cache, IndexerCache):
-        return (indexer_page(cache, block, options.tp_size),)
+        page, copies = indexer_page(cache, block, options.tp_size), options.dcp_size if rules.replicates_index else 1
+        return (replace(page, payload_bytes=page.payload_bytes * copies, scale_bytes=page.scale_bytes * copies),)
     if isinstance(cache, StateCache):
         size = state_bytes(cache, options.tp_size, model.dtype)
         return (Page("state", block, state_bytes=size, blocks_per_request=rules.states_per_request, tag=cache.family),)

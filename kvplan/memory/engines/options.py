@@ -20,10 +20,11 @@ class MemoryFraction:
 class EngineOptions:
     """Options of one engine instance.
 
-    ``version`` is a tuple such as ``(0, 33)``, or None for the rule set's own; ``tokens_in_flight`` is what vLLM
-    calls ``max_in_flight_tokens``; ``gpu`` is None when only the model's needs are asked for; ``running_limit`` is a
-    stated ``max_num_seqs``, ``longest_tokens`` the longest request the server is told of; ratios of pools are SGLang's,
-    ``kv_bytes`` the KV memory of one GPU where a pool of states depends on it.
+    ``version`` is a tuple such as ``(0, 33)``, or None for the rule set's own; ``ep`` says that experts are dealt whole
+    to all ranks; ``tokens_in_flight`` is what vLLM calls ``max_in_flight_tokens``; ``batched_tokens`` is a stated
+    ``max_num_batched_tokens``, 0 where none is; ``gpu`` is None when only the model's needs are asked for;
+    ``running_limit`` is a stated ``max_num_seqs``, ``longest_tokens`` the longest request the server is told of; ratios
+    of pools are SGLang's, ``kv_bytes`` the KV memory of one GPU where a pool of states depends on it.
     """
 
     kv_cache_dtype: str

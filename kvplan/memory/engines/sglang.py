@@ -1,11 +1,11 @@
 """SGLang 0.5, approximated: pools of tokens, dealt out at start-up.
 
 Sources, under ``sglang/srt/`` of 0.5.5 to 0.5.23: ``mem_cache/memory_pool.py`` (MHATokenToKVPool, MLATokenToKVPool,
-the sparse indexer's pool), ``model_executor/pool_configurator.py`` (tokens, and the split between full and sliding
-layers), ``mem_cache/kv_cache_configurator.py`` (``_handle_max_mamba_cache``, the split between states and tokens, and
-``resolve_max_num_reqs``); before 0.5.12 ``model_executor/model_runner_kv_cache_mixin.py``. The default memory fraction
-is in ``sglang_memory.py``. Left out: speculative decoding, the pools of DeepSeek-V4, tokens of windows in flight, and
-what the radix cache keeps.
+the sparse indexer's pool), ``model_executor/pool_configurator.py`` (tokens, the split between full and sliding layers,
+index keys that decode context parallelism replicates), ``mem_cache/kv_cache_configurator.py``
+(``_handle_max_mamba_cache``, the split between states and tokens, and ``resolve_max_num_reqs``); before 0.5.12
+``model_executor/model_runner_kv_cache_mixin.py``. The default memory fraction is in ``sglang_memory.py``. Left out:
+speculative decoding, the pools of DeepSeek-V4, tokens of windows in flight, and what the radix cache keeps.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ def plan_cache(model: ModelConfig, options: EngineOptions) -> CachePlan:
         windows=any(name == model.architecture and version >= since for name, since in SLIDING_POOLS),
         states_per_request=_states(model, options, version),
         sparse_rows=_sparse_rows(model, options),
+        replicates_index=True,
     )
     plan = approximate.plan_cache(rules, model, replace(options, kv_cache_dtype=_kv_dtype(model, options)))
     pools, split = _pools(plan, options)

@@ -78,9 +78,12 @@ def tier_of(gpu: GpuSpec | None, version: tuple[int, ...]) -> Tier:
     return OLD_35_GIB if tier.below_mib == OLD_35_GIB.below_mib and version < (0, 5, 20) else tier
 
 
-def default_batched_tokens(gpu: GpuSpec | None, version: tuple[int, ...]) -> int:
-    """``--chunked-prefill-size``: prompt tokens of one step."""
-    return tier_of(gpu, rules_version(version)).chunked_prefill_tokens
+def default_batched_tokens(gpu: GpuSpec | None, version: tuple[int, ...], attention_dp: int) -> int:
+    """Prompt tokens of one step: ``--chunked-prefill-size``, which ranks of data-parallel attention share.
+
+    ``server_args.py`` ``_handle_data_parallelism``, since 0.5.20 ``arg_groups/parallel_hook.py``.
+    """
+    return tier_of(gpu, rules_version(version)).chunked_prefill_tokens // attention_dp or 1
 
 
 def attention_dp_size(options: EngineOptions) -> int:
@@ -93,7 +96,8 @@ def reserves(model: ModelConfig, options: EngineOptions) -> tuple[Reserve, ...]:
     version = rules_version(options.version)
     attention_dp, tier = attention_dp_size(options), tier_of(options.gpu, version)
     ranks = options.tp_size * attention_dp
-    tokens = max(options.batched_tokens or tier.chunked_prefill_tokens, LEAST_ACTIVATION_TOKENS)
+    chunk = options.batched_tokens * attention_dp or tier.chunked_prefill_tokens  # reckoned before ranks share it
+    tokens = max(chunk, LEAST_ACTIVATION_TOKENS)
     graphs = tier.graph_batch if ranks < 4 else tier.graph_batch_tp4
     if options.running_limit is not None and version >= (0, 5, 22):
         graphs = min(graphs, options.running_limit)

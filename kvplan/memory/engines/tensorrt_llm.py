@@ -14,7 +14,7 @@ from kvplan.memory.engines.options import EngineOptions
 from kvplan.model_config.types import ModelConfig
 
 ELSEWHERE = "it runs on NVIDIA GPUs only"
-FORMATS = frozenset({"bfloat16", "float16", "fp8", "fp8_e4m3", "nvfp4", "fp8_ds_mla"})
+FORMATS = frozenset({"bfloat16", "float16", "fp8", "fp8_e4m3", "nvfp4"})
 
 
 def _auto(model: ModelConfig) -> str:

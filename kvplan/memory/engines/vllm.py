@@ -148,15 +148,18 @@ def _check_dcp(model: ModelConfig, tp: int, dcp: int) -> None:
         raise InputError(f"--dcp {dcp} does not divide --tp {tp}", hint="DCP reuses the ranks of tensor parallelism")
     for cache in {cache for layer in model.layers for cache in layer.caches}:
         if isinstance(cache, AttentionCache) and cache.kind == "sliding":
-            raise UnsupportedError(f"vLLM has no decode context parallelism for {cache.kind} attention ({model.name})")
+            raise UnsupportedError(f"no decode context parallelism is known for {cache.kind} attention ({model.name})")
         if isinstance(cache, CompressedLatentCache):
-            raise UnsupportedError(f"vLLM has no decode context parallelism for compressed attention ({model.name})")
+            raise UnsupportedError(f"no decode context parallelism is known for compressed attention ({model.name})")
         if isinstance(cache, AttentionCache) and tp // cache.num_kv_heads < dcp:
             raise UnsupportedError(
                 f"--dcp {dcp} needs every KV head on {dcp} ranks: {cache.num_kv_heads} KV heads over --tp {tp} have "
                 f"{max(tp // cache.num_kv_heads, 1)}",
                 hint="DCP shards what TP replicates: raise --tp or lower --dcp",
             )
+        if isinstance(cache, AttentionCache) and (each := cache.num_q_heads // cache.num_kv_heads) % dcp:
+            raise UnsupportedError(f"--dcp {dcp} does not divide the {each} query heads of each KV head ({model.name})",
+                                   hint="lower --dcp")  # fmt: skip
 
 
 def _largest_divisor(value: int, limit: int) -> int:
