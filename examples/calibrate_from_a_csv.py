@@ -1,11 +1,13 @@
 """Calibrate attention from eighteen measured latencies, keep the file, and predict a size that nobody measured."""
 
+import signal
 from pathlib import Path
 
 from kvplan.calibration.calibrate import calibrate_file, predict_file
 from kvplan.calibration.document import write_json
 from kvplan.gpu import resolve_gpu
 
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # ends quietly under `| head`
 SAMPLES = Path(__file__).parent / "h200_decode_attention.csv"  # from `kvplan measure` on an H200
 HEADER = "batch_size,context_tokens,num_q_heads,num_kv_heads,head_dim,window_tokens,kv_dtype"
 

@@ -5,6 +5,7 @@ Run: python examples/fleet_report.py [SCENARIO.yaml] [FOLDER]
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
@@ -32,4 +33,5 @@ def main(scenario: str = "fleet.yaml", folder: str = "fleet") -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # ends quietly under `| head`
     main(*sys.argv[1:])

@@ -5,6 +5,7 @@ Run: python examples/fp8_or_not.py [MODEL] [GPU] [TP] [CONTEXT]
 
 from __future__ import annotations
 
+import signal
 import sys
 
 import kvplan
@@ -31,4 +32,5 @@ def main(model: str = "qwen3.5-27b", gpu: str = "h100", tp: str = "1", context: 
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # ends quietly under `| head`
     main(*sys.argv[1:])

@@ -1,9 +1,11 @@
 """Read a start-up log: does the server do what was planned, and what would FP8 and a second GPU make of it?"""
 
+import signal
 from pathlib import Path
 
 import kvplan
 
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # ends quietly under `| head`
 LOG = Path(__file__).parent / "vllm-startup.log"
 GIB = 2**30
 

@@ -5,6 +5,7 @@ Run: python examples/size_a_purchase.py [MODEL] [CONTEXT] [USERS]
 
 from __future__ import annotations
 
+import signal
 import sys
 
 import kvplan
@@ -22,4 +23,5 @@ def main(model: str = "llama-3.1-70b", context: str = "32k", users: str = "64") 
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # ends quietly under `| head`
     main(*sys.argv[1:])

@@ -85,8 +85,32 @@ def weight_bytes(model: ModelConfig, *, tp_size: int = 1, pp_size: int = 1, ep_s
 
 
 def _describe(model: ModelConfig, weight_dtype: str | None) -> str:
-    stored = weight_dtype or (model.quantization.method if model.quantization else PLAIN_DTYPES[model.dtype])
-    return f"{model.num_parameters:,} parameters of the architecture stored as {stored}"
+    return f"{model.num_parameters:,} parameters of the architecture stored as {stored_format(model, weight_dtype)}"
+
+
+@lru_cache(maxsize=1024)
+def stored_format(model: ModelConfig, weight_dtype: str | None = None) -> str:
+    """The name of ``weight_dtype``; without one, of the format most of the checkpoint's matrices are in.
+
+    That is the format of its experts, else of its MLPs.
+    """
+    if weight_dtype is not None:
+        return weight_format(weight_dtype).name
+    for role in ("expert", "mlp", "attention"):
+        for index, weight in model.weights():
+            if weight.role == role and weight.linear:
+                return format_name(model, format_of(model, weight, index))
+    return plain_format(model)
+
+
+def format_name(model: ModelConfig, found: WeightFormat | None) -> str:
+    """What ``--weight-dtype`` calls a format that ``format_of`` found."""
+    return plain_format(model) if found is None else found.name
+
+
+def plain_format(model: ModelConfig) -> str:
+    """What ``--weight-dtype`` calls the model's own dtype."""
+    return PLAIN_DTYPES[model.dtype]
 
 
 def _exact_total(model: ModelConfig, weight_dtype: str | None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -89,3 +90,14 @@ def test_every_example_runs(example: Path, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, example], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout and not done.stderr
+
+
+def test_an_example_whose_reader_goes_away_says_nothing() -> None:
+    """As under ``| head``; every line is written as it comes."""
+    command = [sys.executable, "-u", ROOT / "examples" / "size_a_purchase.py"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as example:
+        assert example.stdout is not None and example.stderr is not None
+        assert example.stdout.readline()
+        example.stdout.close()
+        assert example.stderr.read() == b""
+    assert example.returncode == -signal.SIGPIPE

@@ -97,7 +97,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kind", choices=(KIND, *OTHER_KINDS), help="derive this kind only")
     parser.add_argument("--docs", type=Path, default=Path("docs/accuracy-other-kernels.md"))
     options = parser.parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
     kinds = (options.kind,) if options.kind else (KIND, *OTHER_KINDS)
     for kind in kinds:
         folder = options.data / ("decode_attention" if kind == KIND else kind)

@@ -83,9 +83,9 @@ def memory_changes(report: ServerReport, basis: Basis, plan: SizePlan) -> Iterat
                              "state --gpu-memory-utilization, so that a version change does not move it")  # fmt: skip
     observed = report.number("weights_bytes")
     if observed is not None:
-        stored = plan.model.weight_format if plan.model is not None else None
+        stored = plan.model.weight_format if plan.model is not None else ""
         for dtype in ("bf16", "fp8", "int4", "nvfp4"):
-            if dtype != stored:
+            if not stored.startswith(dtype):
                 yield Change("weight_dtype", {"weight_dtype": dtype}, f"weights stored as {dtype}, not {stored}",
                              "check the checkpoint and --quantization; plan with --weight-dtype")  # fmt: skip
         yield from _tp_changes(report, plan)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvplan.cli import complete, options
-from kvplan.cli.lists import contexts, counts, named, size_bytes
+from kvplan.cli.lists import contexts, counts, named, size_bytes, tokens
 from kvplan.cli.stated import refuse_beside_cases
 from kvplan.errors import InputError, KvplanError, UnknownNameError, shorten
 from kvplan.units import parse_tokens
@@ -83,12 +83,18 @@ def itl_command(
     tp: options.TensorParallel = "1",
     pp: options.PipelineParallel = "1",
     dp: options.DataParallel = "1",
+    dcp: options.DecodeContextParallel = "1",
     ep: options.ExpertParallel = False,
     attention_dp: AttentionDp = None,
     engine: options.Engine = "vllm",
     engine_version: options.EngineVersion = None,
     block_size: options.BlockSize = None,
+    max_model_len: options.MaxModelLen = None,
     max_num_seqs: options.MaxNumSeqs = None,
+    max_num_batched_tokens: options.MaxNumBatchedTokens = None,
+    prefix_caching: options.PrefixCaching = True,
+    swa_ratio: options.SwaRatio = None,
+    mamba_ratio: options.MambaRatio = None,
     utilization: options.MemoryFraction = None,
     kv_cache_memory: options.KvCacheMemory = None,
     calibration: options.Calibration = None,
@@ -117,7 +123,12 @@ def itl_command(
         "engine": engine,
         "engine_version": engine_version,
         "block_size_tokens": block_size,
+        "max_model_len_tokens": tokens(max_model_len, "--max-model-len"),
         "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": tokens(max_num_batched_tokens, "--max-num-batched-tokens"),
+        "enable_prefix_caching": prefix_caching,
+        "swa_full_tokens_ratio": swa_ratio,
+        "mamba_full_memory_ratio": mamba_ratio,
         "calibration": calibration,
         "gpu_memory_utilization": utilization,
         "kv_cache_memory_bytes": size_bytes(kv_cache_memory, "--kv-cache-memory-bytes"),
@@ -127,6 +138,7 @@ def itl_command(
         "tp_size": counts(tp, "--tp", MAX_BATCH),
         "pp_size": counts(pp, "--pp", MAX_BATCH),
         "dp_size": counts(dp, "--dp", MAX_BATCH),
+        "dcp_size": counts(dcp, "--dcp", MAX_BATCH),
         "kv_cache_dtype": named(kv_cache_dtype, "--kv-cache-dtype"),
     }
     load = (isl, osl, concurrency)
@@ -262,6 +274,7 @@ def _combinations(lists: dict[str, list[Any]]) -> list[tuple[str, dict[str, Any]
             "tp_size": "TP ",
             "pp_size": "PP ",
             "dp_size": "DP ",
+            "dcp_size": "DCP ",
             "batch_size": "batch ",
             "concurrency": "clients ",
         }

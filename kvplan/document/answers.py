@@ -14,18 +14,15 @@ def deployment_of(plans: Plans) -> Deployment:
     """What is served, on what, and for whom."""
     facts, request, question = plans.size.model, plans.setup.request, plans.question
     assert facts is not None
-    sizes = (("TP", request.tp_size), ("PP", request.pp_size), ("DP", request.dp_size), ("DCP", request.dcp_size))
-    layout = [f"{name} {count}" for name, count in sizes if count > 1] + (["EP"] if request.ep else [])
-    served_as = None if plans.line is None else plans.line.plans[0].facts.request["weight_dtype"]
     return Deployment(
         model=facts.name,
         architecture=facts.architecture,
         num_parameters=facts.num_parameters,
-        weight_format=served_as or facts.weight_format,
+        weight_format=facts.weight_format,
         gpu=plans.gpu.name,
         gpu_name=plans.gpu.display_name,
         num_gpus=plans.size.answers.num_gpus,
-        layout=", ".join(layout) or "TP 1",
+        layout=request.layout or "TP 1",
         engine=plans.setup.engine.name,
         engine_version=plans.cache.version,
         rules="exact" if plans.cache.exact else "approximation",
@@ -52,7 +49,9 @@ def answers_of(plans: Plans, deployment: Deployment) -> Answers:
     elif sized.num_waiting and not short:
         headline = words.not_at_once(deployment, plans.served, plans.held)
     else:
-        headline = words.headline(deployment, fits, plans.served, kv_bytes, plans.size.too_long_tokens)
+        told = sized.max_running_source == "given"
+        runs = words.running_limit(deployment, plans.served, plans.held, sized.max_running, told)
+        headline = words.headline(deployment, fits, plans.served, kv_bytes, plans.size.too_long_tokens, runs)
     answers = Answers(
         fits=fits and refusal is None,
         headline=headline if refusal is None else f"No: {refusal}.",

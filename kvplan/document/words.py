@@ -20,8 +20,12 @@ def hardware(deployment: Deployment) -> str:
     return f"{deployment.num_gpus} × {deployment.gpu_name} ({deployment.layout})"
 
 
-def headline(deployment: Deployment, fits: bool, max_users: int, kv_bytes: int, too_long_tokens: int | None) -> str:
-    """Yes or no, who, how long, on what; ``too_long_tokens`` is the longest request when that alone does not fit."""
+def headline(deployment: Deployment, fits: bool, max_users: int, kv_bytes: int, too_long_tokens: int | None,
+             limit: str = "") -> str:  # fmt: skip
+    """Yes or no, who, how long, on what.
+
+    ``too_long_tokens`` is the longest request when that alone does not fit; ``limit`` is what ``running_limit`` says.
+    """
     d = deployment
     at = f"{format_tokens(d.context_tokens)} tokens"
     on = f"on {hardware(d)} with {d.kv_cache_dtype} KV"
@@ -36,10 +40,20 @@ def headline(deployment: Deployment, fits: bool, max_users: int, kv_bytes: int, 
         asked = users(d.num_users or 1)
         return f"No: {asked} at {at} each do not fit {on}; {max_users:,} would."
     if d.num_users is None:
-        return f"Yes: {d.model} serves up to {users(max_users)} at {at} each {on}."
+        return f"Yes: {d.model} serves up to {users(max_users)} at {at} each {on}{limit}."
     more = max_users - d.num_users
     room = f", with room for {more:,} more" if more else ", with no room for another"
-    return f"Yes: {d.model} serves {users(d.num_users)} at {at} each {on}{room}."
+    return f"Yes: {d.model} serves {users(d.num_users)} at {at} each {on}{room}{limit}."
+
+
+def running_limit(deployment: Deployment, max_users: int, held_users: int, running: int | None, told: bool) -> str:
+    """What of the users that memory holds the engine runs at once, where that is fewer; ``told`` or by its default."""
+    if told:
+        more = f"; its --max-num-seqs runs no more at once, memory holds {held_users:,}"
+        return more if max_users < held_users else ""
+    if running is None or running >= max_users:
+        return ""
+    return f"; {deployment.engine} runs {running:,} at once unless told"
 
 
 def beyond_gpu(deployment: Deployment, kv_bytes: int, excess_bytes: int) -> str:

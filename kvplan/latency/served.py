@@ -28,6 +28,7 @@ from kvplan.memory.setup import Setup, budget_of, cache_plan, set_up, weights_of
 from kvplan.model_config.types import ModelConfig
 from kvplan.roofline import Peaks, peaks_of
 from kvplan.traffic import Floats, Number, Traffic, make_traffic, precision_class, weight_dtypes
+from kvplan.weights import stored_format
 
 PRECISION_REACH = {"bf16": 0.6, "fp8": 0.0, "int8": 0.0, "fp4": -0.4, "int4": -0.4}
 """Logarithm of the share of dense peak that each precision's matrix products reach, over FP8's (assumed)."""
@@ -250,8 +251,8 @@ def serve(request: ItlRequest) -> Served:
         why = calibration_note(setup.gpu.name, engine, request.calibration, is_latent(model), heads)
         notes += [why] if why else []
     shown = replace(size, model=model.name, gpu=setup.gpu.name, engine=engine, engine_version=plan.version,
-                    weight_dtype=dtype or traffic.weights["expert" if traffic.num_experts else "mlp"].format,
-                    kv_cache_dtype=stored, block_size_tokens=plan.block_size_tokens)  # fmt: skip
+                    weight_dtype=stored_format(model, dtype), kv_cache_dtype=stored,
+                    block_size_tokens=plan.block_size_tokens)  # fmt: skip
     return Served(
         request=replace(request, size=shown),
         setup=setup,

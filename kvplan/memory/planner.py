@@ -13,6 +13,7 @@ from kvplan.memory.pages import Group
 from kvplan.memory.plan import Answers, CacheGroup, KvCache, Memory, ModelFacts, Rule, SizePlan, TermSource
 from kvplan.memory.request import SizeRequest, Source
 from kvplan.memory.setup import Setup, budget_of, weights_of
+from kvplan.weights import stored_format
 
 GROWING = ("full", "mla", "indexer")
 
@@ -234,7 +235,6 @@ def _facts(setup: Setup) -> ModelFacts:
     for layer in model.layers:
         for cache in layer.caches:
             kinds[cache.kind] = kinds.get(cache.kind, 0) + 1
-    stored = setup.request.weight_dtype or (model.quantization.method if model.quantization else model.dtype)
     return ModelFacts(
         name=model.name,
         source=model.source,
@@ -244,7 +244,7 @@ def _facts(setup: Setup) -> ModelFacts:
         num_parameters=model.num_parameters,
         num_active_parameters=model.num_active_parameters,
         max_context_tokens=model.max_context_tokens,
-        weight_format=stored,
+        weight_format=stored_format(model, setup.request.weight_dtype),
         layer_kinds=kinds,
         notes=model.notes,
     )

@@ -83,6 +83,12 @@ class SizeRequest:
     window_tokens: int | None = None
     id: str | int | None = None
 
+    @property
+    def layout(self) -> str:
+        """``TP 4, DP 2, EP``; empty for one GPU."""
+        sizes = {"TP": self.tp_size, "PP": self.pp_size, "DP": self.dp_size, "DCP": self.dcp_size}
+        return ", ".join([f"{name} {count}" for name, count in sizes.items() if count > 1] + ["EP"] * self.ep)
+
 
 _TOKENS = ("context_tokens", "max_model_len_tokens", "max_num_batched_tokens", "window_tokens")
 _BYTES = ("gpu_memory_bytes", "kv_cache_memory_bytes", "weights_bytes")

@@ -18,8 +18,7 @@ def show_check(page: Page, result: CheckResult) -> None:
     model = plan.model.name if plan.model is not None else "a model from flags"
     named = request.gpu is not None
     gpu = f" on {plan.memory.sources['total_bytes'].detail.split(',')[0]}" if named else ", no GPU named"
-    layout = "".join(f", {name} {size}" for name, size in (("TP", request.tp_size), ("PP", request.pp_size),
-                     ("DP", request.dp_size)) if size > 1)  # fmt: skip
+    layout = f", {request.layout}" if request.layout else ""
     version = result.report.value("engine_version") or cache.engine_version
     page.line(f"{result.report.source}: {model}{gpu}{layout} · {cache.engine} {version}, "
               f"{'exact rules' if cache.rules == 'exact' else 'approximation'}")  # fmt: skip

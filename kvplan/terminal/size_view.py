@@ -59,11 +59,7 @@ def _line(console: Console, text: str, style: str | None = None) -> None:
 def describe_gpus(plan: SizePlan) -> str:
     """``4 × NVIDIA H100 SXM (TP 4)``, or what is missing."""
     request, count = plan.request, plan.answers.num_gpus
-    parts = [f"{name} {value}" for name, value in (("TP", request.tp_size), ("PP", request.pp_size),
-             ("DP", request.dp_size), ("DCP", request.dcp_size)) if value > 1]  # fmt: skip
-    if request.ep:
-        parts.append("EP")
-    layout = f" ({', '.join(parts)})" if parts else ""
+    layout = f" ({request.layout})" if request.layout else ""
     name = plan.memory.sources["total_bytes"].detail.split(", ")[0] if request.gpu else "no GPU named"
     return f"{count} × {name}{layout}" if request.gpu else f"{name}{layout}"
 

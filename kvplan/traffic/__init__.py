@@ -7,7 +7,7 @@ replicated KV head is stored and read on every rank that needs it.
 """
 
 from kvplan.traffic.build import make_traffic
-from kvplan.traffic.precision import checkpoint_format, precision_class, weight_dtypes
+from kvplan.traffic.precision import precision_class, weight_dtypes
 from kvplan.traffic.terms import Floats, KvRead, Number, Traffic, WeightPart, touched_share
 
 __all__ = [
@@ -16,7 +16,6 @@ __all__ = [
     "Number",
     "Traffic",
     "WeightPart",
-    "checkpoint_format",
     "make_traffic",
     "precision_class",
     "touched_share",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvplan.dtypes import weight_format
 from kvplan.model_config.types import ModelConfig
-from kvplan.weights import format_of
+from kvplan.weights import format_name, format_of, plain_format, stored_format
 
 FOUR_BIT = ("nvfp4", "mxfp4", "int4")
 
@@ -16,23 +16,13 @@ def weight_dtypes(model: ModelConfig, asked: str | None) -> tuple[str | None, st
     already stores them so is taken as it is. The class is what matrix kernels and calibrations go by: ``bf16``,
     ``fp8``, ``fp4`` or ``int4``.
     """
-    stored = checkpoint_format(model)
+    stored = stored_format(model)
     name = weight_format(asked).name if asked is not None else stored
     if asked is None or name == stored or (stored == "mxfp4" and name == "nvfp4"):
         return None, None, precision_class(stored)
     if model.is_moe and name in FOUR_BIT:
         return "bf16", name, precision_class(name)
     return name, name, precision_class(name)
-
-
-def checkpoint_format(model: ModelConfig) -> str:
-    """The format most of the checkpoint's matrices are in: that of its experts, else of its MLPs."""
-    for role in ("expert", "mlp", "attention"):
-        for index, weight in model.weights():
-            if weight.role == role and weight.linear:
-                found = format_of(model, weight, index)
-                return found.name if found is not None else "bf16"
-    return "bf16"
 
 
 def precision_class(format_name: str) -> str:
@@ -48,6 +38,5 @@ def role_format(model: ModelConfig, roles: tuple[str, ...], override: str | None
     """The format of the first matrix of ``roles``, ``override`` applied."""
     for index, weight in model.weights():
         if weight.role in roles and weight.linear and len(weight.shape) == 2:
-            found = format_of(model, weight, index, override)
-            return found.name if found is not None else "bf16"
-    return "bf16"
+            return format_name(model, format_of(model, weight, index, override))
+    return plain_format(model)

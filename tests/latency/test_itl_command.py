@@ -337,6 +337,15 @@ def test_a_load_whose_requests_do_not_fit_one_by_one_has_no_times(kvplan_cli: Ca
     assert '"fits": false' in kvplan_cli(*words.split(), "--json").out
 
 
+@pytest.mark.parametrize("model", ["8b", "deepseek-v3", "gpt-oss-120b", "kimi-k2.5-nvfp4", "llama-2-7b"])
+def test_itl_and_size_have_one_name_for_how_weights_are_stored(model: str) -> None:
+    asked: dict[str, Any] = {"model": model, "gpu": "b200", "tp_size": 8, "context_tokens": 4096}
+    plan, step = kvplan.size(**asked), kvplan.itl(**asked, batch_size=1)
+    assert plan.model is not None and plan.model.weight_format == step.facts.request["weight_dtype"]
+    stated = kvplan.size(**asked, weight_dtype="w8a8").model
+    assert stated is not None and stated.weight_format == "int8"
+
+
 @pytest.mark.parametrize(
     "split",
     [

@@ -280,7 +280,7 @@ def test_no_because_the_scheduler_runs_fewer_at_once() -> None:
     assert "holds 892 users at 1,024 tokens, of which --max-num-seqs lets 16 run at once" in a.sentences[0]
     assert max(held for surface in report.what_if.surfaces for held in surface.max_users) == 16
     room = kvplan.report(model="8b", gpu="h200", ctx="1k", concurrency=10, max_num_seqs=16, date=DATE).answers
-    assert room.headline.endswith("with room for 6 more.")
+    assert room.headline.endswith(", with room for 6 more; its --max-num-seqs runs no more at once, memory holds 892.")
 
 
 def test_users_beyond_the_engines_default_are_launched_with_a_limit_of_their_own() -> None:
@@ -288,9 +288,21 @@ def test_users_beyond_the_engines_default_are_launched_with_a_limit_of_their_own
     assert report.answers.fits and report.answers.now is not None
     assert " --max-num-seqs 1500 " in (report.launch[0].command or "")
     assert "this plan takes --max-num-seqs 1500" in report.advice[0].message
+    assert report.answers.headline.endswith(" more; vllm runs 1,024 at once unless told.")
     stated = kvplan.itl(model="70b", gpu="h200", tp_size=4, kv_cache_dtype="fp8", input_tokens=896, output_tokens=128,
                         concurrency=1500, max_num_seqs=1500)  # fmt: skip
     assert stated.load is not None and report.answers.now.tpot.value_s == pytest.approx(stated.load.tpot_s, rel=1e-5)
+
+
+@pytest.mark.parametrize(("engine", "runs"), [("vllm", 1024), ("sglang", 4096), ("tensorrt-llm", None)])
+def test_a_headline_says_what_the_engine_runs_of_the_users_that_memory_holds(engine: str, runs: int | None) -> None:
+    """SGLang's 512 × tokens / longest request are at most 4,096."""
+    asked: dict[str, Any] = {"model": "8b", "gpu": "b200", "context_tokens": 128, "engine": engine}
+    report = kvplan.report(**asked, date=DATE)
+    held = kvplan.size(**asked).answers.max_batch_at_context or 0
+    assert held > 4096 and f" serves up to {held:,} users " in report.answers.headline
+    said = f"KV; {engine} runs {runs:,} at once unless told." if runs else "with bfloat16 KV."
+    assert report.answers.headline.endswith(said)
 
 
 def test_speed_is_unknown_where_the_bandwidth_is() -> None:
