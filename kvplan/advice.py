@@ -32,6 +32,7 @@ def advise(setup: Setup, plan: CachePlan, answer: SizePlan) -> tuple[Advice, ...
         _budget,
         _unnamed_gpu,
         _beyond_model,
+        _no_experts,
         _warnings,
         _replication,
         _formats,
@@ -42,6 +43,12 @@ def advise(setup: Setup, plan: CachePlan, answer: SizePlan) -> tuple[Advice, ...
     ):
         found += source(setup, plan, answer)
     return tuple(found)
+
+
+def _no_experts(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[Advice]:
+    if setup.request.ep and not setup.model.is_moe:
+        refusal = ", and vLLM refuses it" if setup.engine.name == "vllm" else ""
+        yield Advice(code="no_experts", message=f"{setup.model.name} has no experts: --ep changes nothing{refusal}")
 
 
 def _does_not_fit(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[Advice]:
@@ -105,10 +112,9 @@ def _fits_with(setup: Setup, **fields: Any) -> bool:
     """Whether the request fits with some of its fields changed."""
     try:
         other = set_up(replace(setup.request, **fields))
-        plan = cache_plan(other)
+        plan, budget = cache_plan(other), budget_of(other, weights_of(other))
     except KvplanError:
         return False
-    budget = budget_of(other, weights_of(other))
     return not budget.excess_bytes and fits(other, plan, budget) is True
 
 

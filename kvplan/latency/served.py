@@ -236,7 +236,8 @@ def serve(request: ItlRequest) -> Served:
         notes += [why] if why else []
     resolved = replace(
         size, model=size.model if note is None else model.name, weight_dtype=dtype, kv_cache_dtype=kv_dtype,
-        tp_size=deployment.attention_tp_size, dp_size=1, ep=False,
+        tp_size=deployment.attention_tp_size, dp_size=deployment.attention_dp_size,
+        ep=deployment.expert_parallel_size > 1,
         context_tokens=size.context_tokens or model.max_context_tokens or 4096,
     )  # fmt: skip
     setup = set_up(resolved)
@@ -295,12 +296,9 @@ def family_of(model: ModelConfig) -> str:
 
 def _available_bytes(setup: Setup, deployment: Deployment) -> int | None:
     """KV budget of one GPU: the sizing budget of one replica, whose ranks share the experts on every engine."""
-    request = replace(setup.request, dp_size=deployment.attention_dp_size, ep=deployment.expert_parallel_size > 1)
     fraction = setup.memory_fraction
-    if request.gpu_memory_utilization is None and deployment.attention_dp_size > 1:
-        options = replace(setup.options, dp_size=deployment.attention_dp_size, ep=True)
-        fraction = setup.engine.default_fraction(setup.model, options)
-    engine = replace(setup.engine, experts_span_dp=True)
-    setup = replace(setup, request=request, engine=engine, memory_fraction=fraction)
+    if setup.request.gpu_memory_utilization is None and deployment.attention_dp_size > 1:
+        fraction = setup.engine.default_fraction(setup.model, replace(setup.options, ep=True))
+    setup = replace(setup, engine=replace(setup.engine, experts_span_dp=True), memory_fraction=fraction)
     budget = budget_of(setup, weights_of(setup))
     return -budget.excess_bytes if budget.excess_bytes else budget.kv_bytes

@@ -71,6 +71,7 @@ def resolved_request(setup: Setup, plan: CachePlan) -> SizeRequest:
         engine_version=plan.version,
         kv_cache_dtype=plan.kv_cache_dtype,
         block_size_tokens=plan.block_size_tokens,
+        ep=setup.split.ep,
         context_tokens=setup.context_tokens,
         max_model_len_tokens=setup.max_model_len_tokens,
         max_num_seqs=setup.options.max_num_seqs if known else setup.request.max_num_seqs,
