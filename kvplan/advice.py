@@ -47,8 +47,7 @@ def advise(setup: Setup, plan: CachePlan, answer: SizePlan) -> tuple[Advice, ...
 
 def _no_experts(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[Advice]:
     if setup.request.ep and not setup.model.is_moe:
-        refusal = ", and vLLM refuses it" if setup.engine.name == "vllm" else ""
-        yield Advice(code="no_experts", message=f"{setup.model.name} has no experts: --ep changes nothing{refusal}")
+        yield Advice(code="no_experts", message=f"{setup.model.name} has no experts: --ep changes nothing")
 
 
 def _does_not_fit(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[Advice]:

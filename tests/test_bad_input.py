@@ -141,8 +141,9 @@ def test_heads_that_do_not_divide_by_tp_name_the_field_the_file_and_a_size_that_
 
 
 def test_what_an_engine_does_not_start_with_is_refused(kvplan_cli: Cli) -> None:
-    line = assert_one_line(kvplan_cli("size", "--model", "8b", "--gpu", "h100", "--ep"))
-    assert "vLLM refuses --ep: llama-3.1-8b has no experts (leave out --ep)" in line
+    for command in ("size", "itl"):
+        line = assert_one_line(kvplan_cli(command, "--model", "8b", "--gpu", "h100", "--ep"))
+        assert "vLLM refuses --ep: llama-3.1-8b has no experts (leave out --ep)" in line
     amd = ["--model", "8b", "--gpu", "mi300x", "--ctx", "8k"]
     line = assert_one_line(kvplan_cli("size", *amd, "--engine", "tensorrt-llm"))
     assert "TensorRT-LLM: it runs on NVIDIA GPUs only, not on AMD Instinct MI300X" in line

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import kvplan
@@ -72,6 +72,7 @@ def test_halving_kv_bytes_never_raises_itl(m: str, g: str, e: str, tp: int, b: i
 @given(GPUS, ENGINES, TPS, BATCHES, CONTEXTS, st.integers(1, 100_000))
 @settings(deadline=None)
 def test_slope_is_the_derivative_where_the_model_is_linear(g: str, e: str, tp: int, b: int, c: int, more: int) -> None:
+    assume((g, e) != ("mi300x", "trtllm"))
     point = {"gpu": g, "engine": e, "tp_size": tp, "batch_size": b}
     here, there = plan_or_none(**point, context_tokens=c), plan_or_none(**point, context_tokens=c + more)
     assert (here is None) == (there is None) == (g == "mi300x" and e == "trtllm")  # which has no AMD GPU

@@ -454,12 +454,14 @@ def test_ranks_of_sglangs_attention_are_launched_with_the_chunk_of_all_of_them()
     assert stated.replace(" --chunked-prefill-size 8192", "") == launched("sglang", **asked)
 
 
-@pytest.mark.parametrize("engine", ["vllm", "sglang", "tensorrt-llm"])
+@pytest.mark.parametrize("engine", ["sglang", "tensorrt-llm"])
 def test_a_model_without_experts_is_launched_without_expert_parallelism(engine: str) -> None:
-    """vLLM refuses it: "Number of experts in the model must be greater than 0"."""
+    """It changes nothing in the plan, which says so; vLLM's command line refuses it."""
     asked: dict[str, Any] = {"model": "8b", "gpu": "h200", "engine": engine, "tp_size": 2, "dp_size": 2}
     for name in ("vllm", "sglang", "tensorrt-llm"):
         assert launched(name, **asked, ep=True) == launched(name, **asked)
+    plan = kvplan.size(**asked, ep=True, context_tokens="8k")
+    assert not plan.request.ep and "--ep changes nothing" in str(plan.advice)
 
 
 @pytest.mark.parametrize(
