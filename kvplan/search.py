@@ -113,7 +113,8 @@ def _format_row(setup: Setup, name: str, plan: CachePlan, available: int | None,
     context = setup.context_tokens
     request_bytes = plan.bytes_per_request(context)
     per_token, scales = per_token_bytes(plan)
-    share = scale_bytes_per_request(plan, context) / request_bytes if request_bytes else 0.0
+    held = plan.held_bytes(context)
+    share = scale_bytes_per_request(plan, context) / held if held else 0.0
     budget = None if available is None else max(available, 0)
     return FormatRow(
         kv_cache_dtype=name,

@@ -160,6 +160,15 @@ def test_an_explanation_of_a_sweep_is_refused_and_gpu_memory_is_offered_where_it
     assert "--gpu-memory" not in assert_one_line(kvplan_cli("itl", *unknown))
 
 
+def test_options_that_would_be_ignored_are_refused(kvplan_cli: Cli, tmp_path: Path) -> None:
+    log = tmp_path / "vllm.log"
+    log.write_text("")
+    line = assert_one_line(kvplan_cli("check", "--log", str(log), "--seconds", "3"))
+    assert "--seconds is of --url, and --log is given" in line
+    line = assert_one_line(kvplan_cli("report", "--model", "8b", "--gpu", "h100", "--format", "json"))
+    assert "--format is of the pages of a scenario" in line
+
+
 def test_a_gpu_of_many_gib_keeps_its_name(kvplan_cli: Cli) -> None:
     assert "1 × GPU with 2,048.00 GiB ·" in kvplan_cli("size", "--model", "8b", "--gpu-memory", "2TiB").out
 

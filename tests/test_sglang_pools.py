@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from kvplan.check.basis import basis_of
 from kvplan.check.log import read_stream
 from kvplan.errors import InputError, UnsupportedError
 from kvplan.latency.capacity import max_batches
+from kvplan.memory.explain import explained
 from kvplan.memory.plan import SizePlan
 from kvplan.memory.request import make_request
 from kvplan.memory.setup import cache_plan, set_up
@@ -148,6 +150,21 @@ def test_shares_that_fit_the_requests_better_are_advised() -> None:
     # 5 × 153,944,064 B of states beside 65,536 × 65,536 B of tokens
     assert "--mamba-full-memory-ratio 0.18" in next(a.message for a in states if a.code == "pool_split")
     assert not [a for a in plan(model="8b", gpu="h200").advice if a.code == "pool_split"]
+
+
+@pytest.mark.parametrize("model", ["gpt-oss-120b", "qwen3.5-27b", "8b"])
+def test_the_blocks_of_a_pool_can_be_worked_out_from_what_is_explained(model: str) -> None:
+    rules = {rule.name: rule.formula for rule in explained(plan(model=model, gpu="h200", context_tokens=8192)).rules}
+    room, size, blocks = (int(text.replace(",", "")) for text in re.findall(r"\d[\d,]*", rules["num_blocks"]))
+    assert room // size == blocks
+
+
+def test_scales_are_a_share_of_what_a_request_holds_not_of_what_its_pools_set_aside() -> None:
+    """NVFP4 keeps a byte of scale for 16 values of half a byte: a ninth."""
+    found = plan(model="gpt-oss-120b", gpu="b200", tp_size=2, context_tokens=65536, kv_cache_dtype="nvfp4")
+    row = next(row for row in found.comparison if row.kv_cache_dtype == "nvfp4")
+    assert row.scale_share == pytest.approx(1 / 9)
+    assert next(a for a in found.advice if a.code == "less_than_advertised").message.endswith("(scales take 11.1%)")
 
 
 def test_a_state_of_padding_holds_no_request() -> None:

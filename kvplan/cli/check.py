@@ -11,6 +11,7 @@ import typer
 
 from kvplan.cli import options
 from kvplan.cli.lists import size_bytes, tokens
+from kvplan.cli.stated import stated
 from kvplan.errors import AnswerIsNo, InputError, OutOfTolerance
 
 SERVER = "The server"
@@ -61,6 +62,7 @@ COUNT: dict[str, Any] = {"min": 1, "rich_help_panel": PLANNED}
 
 
 def check_command(
+    context: typer.Context,
     log: Log = None,
     url: Url = None,
     seconds: Seconds = 0.0,
@@ -96,6 +98,9 @@ def check_command(
     if (log is None) == (url is None):
         raise InputError("nothing to check" if log is None else "--log and --url are both given",
                          hint="give --log FILE or --url http://host:8000")  # fmt: skip
+    of_url = {"seconds": "--seconds", "timeout": "--timeout", "ca_file": "--ca-file"}
+    for name in of_url.keys() & stated(context).keys() if url is None else ():
+        raise InputError(f"{of_url[name]} is of --url, and --log is given", hint=f"leave out {of_url[name]}")
     from kvplan.api import check_log, check_url
 
     flags: dict[str, Any] = {

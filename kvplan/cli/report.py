@@ -48,9 +48,12 @@ Output = Annotated[
     ),
 ]
 Formats = Annotated[
-    str,
-    typer.Option("--format", help="Of the pages of a scenario: html, md, json.", rich_help_panel=options.OUTPUT),
-]
+    list[str] | None,
+    typer.Option(
+        "--format", help="Of the pages of a scenario: html (default), md, json. A list, or repeated.",
+        rich_help_panel=options.OUTPUT,
+    ),
+]  # fmt: skip
 Date = Annotated[
     str | None,
     typer.Option("--date", help="Date on the report; with it, the same bytes again.", rich_help_panel=options.OUTPUT),
@@ -90,7 +93,7 @@ def report_command(
     measured: Measured = None,
     name: Name = None,
     output: Output = None,
-    formats: Formats = "html",
+    formats: Formats = None,
     date: Date = None,
     force: Force = False,
     as_json: options.Json = False,
@@ -137,8 +140,10 @@ def report_command(
     }
     if scenario is not None:
         _refuse_mixture(scenario, request)
-        _fleet(scenario, output or [], formats, date, force, as_json, check)
+        _fleet(scenario, output or [], formats or ["html"], date, force, as_json, check)
     else:
+        if formats:
+            raise InputError("--format is of the pages of a scenario", hint="-o report.json names the form, or --json")
         _one({**request, "date": date}, output or [], force, as_json, check)
 
 
@@ -172,14 +177,16 @@ def _refuse_mixture(scenario: Path, request: dict[str, Any]) -> None:
                          hint="write it into the scenario, beside `deployments` for all of them")  # fmt: skip
 
 
-def _fleet(scenario: Path, output: list[Path], formats: str, date: str | None, force: bool, as_json: bool, check: bool
-           ) -> None:  # fmt: skip
+def _fleet(scenario: Path, output: list[Path], formats: list[str], date: str | None, force: bool, as_json: bool,
+           check: bool) -> None:  # fmt: skip
     from kvplan.api import fleet
     from kvplan.document.fleet import FORMATS, SUFFIXES
 
-    words = [word.strip() for word in formats.split(",") if word.strip()]
+    words = list(dict.fromkeys(word.strip() for text in formats for word in text.split(",") if word.strip()))
     if not words or not set(words) <= set(FORMATS):
-        raise InputError(f"--format {shorten(formats, 30)!r} is not of {', '.join(FORMATS)}", hint="--format html,json")
+        raise InputError(
+            f"--format {shorten(','.join(formats), 30)!r} is not of {', '.join(FORMATS)}", hint="--format html,json"
+        )
     if len(output) > 1:
         raise InputError("a scenario goes into one folder", hint="-o out/; --format html,md,json picks the forms")
     if not output and not as_json:

@@ -106,7 +106,8 @@ def _latency(answers: Answers, line: ItlLine | None) -> list[Figure]:
         "kv": f"{format_bytes(traffic['kv_read_bytes'])} read, {format_bytes(traffic['kv_stored_bytes'])} stored, "
         f"a step and GPU; {line.served.kv_speed.detail}",
         "compute": f"{traffic['matrix_flops'] / 1e9:,.1f} GFLOP of matrix products, where weights do not hide them",
-        "collectives": f"{sum(v for k, v in traffic['collectives'].items() if k.endswith('count'))} a step",
+        "collectives": f"{sum(v for k, v in traffic['collectives'].items() if k.endswith('count'))} collective "
+        "operations a step",
         "overhead": f"{line.served.traffic.num_kernels:,} kernels, the step, and its sequences",
     }
     for name, value in plan.breakdown.as_dict().items():

@@ -151,9 +151,10 @@ class CachePlan:
 
     def pool_blocks(self, pool: Pool, available_bytes: int) -> int:
         """Blocks of ``pool`` that requests can use, on the rank where they are largest."""
-        return max(int(max(available_bytes, 0) * pool.share) // self._pool_block_bytes(pool) - pool.padding_blocks, 0)
+        return max(int(max(available_bytes, 0) * pool.share) // self.pool_block_bytes(pool) - pool.padding_blocks, 0)
 
-    def _pool_block_bytes(self, pool: Pool) -> int:
+    def pool_block_bytes(self, pool: Pool) -> int:
+        """Bytes of a block of ``pool`` on the rank where it takes most."""
         return max(1, *(sum(groups[index].bytes_per_block for index in pool.groups) for groups in self.rank_groups))
 
     def pool_request_blocks(self, pool: Pool) -> int:
@@ -171,7 +172,7 @@ class CachePlan:
             return fixed + ceil(num_requests * max(others))
         needed = num_requests * self.bytes_per_request(context_tokens)
         padded = (
-            ceil((num_requests * self.pool_request_blocks(p) + p.padding_blocks) * self._pool_block_bytes(p) / p.share)
+            ceil((num_requests * self.pool_request_blocks(p) + p.padding_blocks) * self.pool_block_bytes(p) / p.share)
             for p in self.padded_pools
         )
         return max([needed + self.reserved_blocks * self.pool_bytes_per_block, *padded])

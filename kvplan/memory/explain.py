@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kvplan.memory.plan import Rule, SizePlan
+from kvplan.units import format_count
 
 
 def explained(plan: SizePlan) -> SizePlan:
@@ -23,7 +24,8 @@ def _cache_rules(plan: SizePlan) -> list[Rule]:
                 group.num_kv_heads_per_rank * group.block_size_tokens
             )
             formula = (
-                f"{group.num_kv_heads_per_rank} heads × {group.block_size_tokens:,} tokens × {slot:g} B = "
+                f"{format_count(group.num_kv_heads_per_rank, 'head')} × "
+                f"{format_count(group.block_size_tokens, 'token')} × {slot:g} B = "
                 f"{group.page_bytes - group.padding_bytes_per_page:,} B a layer"
                 + (f" + {group.padding_bytes_per_page:,} padding" if group.padding_bytes_per_page else "")
                 + (f", of which scales {group.scale_bytes_per_page:,}" if group.scale_bytes_per_page else "")
@@ -47,7 +49,8 @@ def _cache_rules(plan: SizePlan) -> list[Rule]:
             ("capacity", f"{tokens} = {cache.capacity_tokens:,} tokens"),
         ):
             rules.append(Rule(name=name, formula=formula, source=source))
-    return rules
+    told = {rule.name for rule in plan.rules}
+    return [rule for rule in rules if rule.name not in told]
 
 
 def _memory_rules(plan: SizePlan) -> list[Rule]:

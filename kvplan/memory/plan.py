@@ -139,7 +139,7 @@ class FormatRow:
     """One KV format in the comparison. ``forbidden`` says what rules it out; other fields are then None.
 
     Attributes:
-        scale_share: scale bytes over all bytes of a request.
+        scale_share: scale bytes over all bytes of the blocks a request holds.
         effective_gain: bytes of a 16-bit request over bytes of this one.
 
     """

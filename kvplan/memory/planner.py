@@ -42,6 +42,12 @@ def _engine_rules(setup: Setup, plan: CachePlan, budget: Budget) -> Iterator[tup
     """How the memory fraction comes about, where it counts, and the requests at once, where they are derived."""
     if setup.request.kv_cache_memory_bytes is None:
         yield from setup.memory_fraction.rules
+    if plan.pools and (pool := plan.pools[0]).share < 1 and budget.kv_bytes is not None:
+        kv, size = max(budget.kv_bytes, 0), plan.pool_block_bytes(pool)
+        rounded = f"{size:,} B in the pool of {pool.name} / its share, {pool.share:.6f}, rounded up"
+        yield "bytes per block", f"{rounded} = {plan.pool_bytes_per_block:,} B", plan.engine
+        room = f"{int(kv * pool.share):,} B of that pool"
+        yield "num_blocks", f"⌊{room} / {size:,} B⌋ = {plan.num_blocks(kv):,}", plan.engine
     if (derived := _derived_limit(setup, plan, budget.kv_bytes)) is not None:
         yield "requests at once", *derived[1:]
 

@@ -51,7 +51,8 @@ def read_model_config(
     notes = [*parts.notes]
     if family.guessed:
         shown = architecture or model_type or "no architecture named"
-        notes.append(f"unknown family ({shown}): planned as plain attention from its fields; check the layer kinds")
+        notes.append(f"unknown family ({shown}): planned as plain attention and gated MLPs from its fields; check the "
+                     "layer kinds, and the weights (--weights-memory)")  # fmt: skip
     dtype = fields.text("torch_dtype", "dtype") or outer.text("torch_dtype", "dtype") or "bfloat16"
     dtype = dtype.removeprefix("torch.")
     quant_fields = Fields(hf_quant, f"{where} (hf_quant_config.json)") if hf_quant is not None else None

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kvplan.terminal.console import add_row, make_table
-from kvplan.units import format_percent, format_seconds
+from kvplan.units import format_bytes_per_s, format_percent, format_seconds
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,7 +37,7 @@ def show_fit(console: Console, document: Mapping[str, Any]) -> None:
         bandwidth, residuals = entry["effective_bandwidth_bytes_per_s"], entry["residuals"] or {}
         add_row(
             table, name, f"{entry['num_samples']:,}", format_seconds(entry["intercept_s"]),
-            f"{bandwidth / 1e12:.2f} TB/s", format_percent(bandwidth / peak, 0),
+            format_bytes_per_s(bandwidth), format_percent(bandwidth / peak, 0),
             f"{entry['l2_bandwidth_bytes_per_s'] / 1e12:.1f} TB/s",
             *(format_percent(residuals[key]) if residuals else "–" for key in ("median_error", "p90_error")),
         )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,13 +17,27 @@ PAGE_HEIGHT = 25
 """Nothing here depends on it, but Rich asks dumb terminals for their width unless both are given."""
 
 
+class _Trimmed:
+    """A stream for plain text, whose lines end where their words do: Rich fills them with spaces."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write("\n".join(line.rstrip(" ") for line in text.split("\n")))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def make_console(stream: TextIO | None = None, width: int | None = None) -> Console:
     """A console on ``stream`` (stdout); styled only on a terminal without ``NO_COLOR``, fixed width when piped."""
     from rich.console import Console
 
     out = stream or sys.stdout
+    file = out if is_styled(out) else cast("TextIO", _Trimmed(out))
     return Console(
-        file=out, width=page_width(out, width), height=PAGE_HEIGHT, highlight=False, soft_wrap=False,
+        file=file, width=page_width(out, width), height=PAGE_HEIGHT, highlight=False, soft_wrap=False,
         force_terminal=out.isatty(), emoji=False, color_system="auto" if is_styled(out) else None,
     )  # fmt: skip
 

@@ -122,7 +122,7 @@ def _cache(console: Console, plan: SizePlan) -> None:
     cache, answers = plan.kv_cache, plan.answers
     table = make_table("KV cache of one GPU", "", "", right=(1,), wrap=(2,))
     add_row(table, "per token of context", _per_token(cache.bytes_per_token), _groups(plan))
-    share = cache.scale_bytes_per_request / cache.bytes_per_request if cache.bytes_per_request else 0
+    share = next((row.scale_share for row in plan.comparison if row.kv_cache_dtype == cache.kv_cache_dtype), None)
     add_row(table, "of which scales", _per_token(cache.scale_bytes_per_token), f"{format_percent(share)} of a request")
     blocks = f"{cache.blocks_per_request:,} blocks of {format_bytes(cache.bytes_per_block)}"
     add_row(table, "per request", format_bytes(cache.bytes_per_request), blocks)

@@ -207,6 +207,14 @@ def test_a_scenario_goes_into_a_folder_and_not_a_file(kvplan_cli: Cli, fleet_fil
     assert not (tmp_path / "fleet.html").exists()
 
 
+def test_the_forms_of_pages_may_be_a_list_or_repeated(kvplan_cli: Cli, fleet_file: Path, tmp_path: Path) -> None:
+    listed, repeated = tmp_path / "a", tmp_path / "b"
+    kvplan_cli("report", str(fleet_file), "-o", str(listed), "--format", "md,json")
+    kvplan_cli("report", str(fleet_file), "-o", str(repeated), "--format", "md", "--format", "json")
+    names = sorted(path.name for path in listed.iterdir())
+    assert {"index.md", "index.json"} < set(names) and names == sorted(path.name for path in repeated.iterdir())
+
+
 def test_a_toml_scenario_reads_the_same(kvplan_cli: Cli, tmp_path: Path) -> None:
     path = tmp_path / "fleet.toml"
     path.write_text('gpu = "h200"\n[[deployments]]\nname = "chat"\nmodel = "8b"\nctx = "8k"\nconcurrency = 4\n')

@@ -30,6 +30,7 @@ from kvplan.model_config.types import (
     ModelConfig,
     StateCache,
 )
+from kvplan.units import format_count
 
 V4_ROW_BLOCK = 256
 
@@ -90,7 +91,7 @@ def plan_cache(rules: Rules, model: ModelConfig, options: EngineOptions) -> Cach
         rank_groups=rank_groups(groups, model.num_layers, options.pp_size),
         unified_pool=False,
         dcp_size=options.dcp_size,
-        rules=(("block size", f"{block} tokens", rules.source),),
+        rules=(("block size", format_count(block, "token"), rules.source),),
         warnings=tuple(_warnings(rules, fmt, options)),
         doubt=_doubt(rules, fmt, options),
     )

@@ -65,6 +65,12 @@ class Reserve:
     mebibytes: float
     formula: str
 
+    @property
+    def told(self) -> str:
+        """The arithmetic with what it comes to, where that is not the same."""
+        result = f"{self.mebibytes:,.0f} MiB"
+        return result if result == self.formula else f"{self.formula} = {result}"
+
 
 def rules_version(version: tuple[int, ...] | None) -> tuple[int, ...]:
     """The version whose rules apply: ``0.5`` alone is the newest that was read."""
@@ -183,7 +189,7 @@ def default_fraction(model: ModelConfig, options: EngineOptions) -> MemoryFracti
     reserved = sum(term.mebibytes for term in terms)
     value = max(round((total - reserved) / total, 3), 0.001)
     formula = f"1 − {reserved:,.0f} MiB set aside / {total:,.0f} MiB"
-    rules = [(f"set aside for {term.what}", f"{term.formula} = {term.mebibytes:,.0f} MiB", source) for term in terms]
+    rules = [(f"set aside for {term.what}", term.told, source) for term in terms]
     factor = vision_factor(model)
     rules.append(("memory fraction", f"{formula} = {value:g}", source))
     if factor != 1:
