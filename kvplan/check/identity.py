@@ -9,6 +9,7 @@ from typing import Any
 from kvplan.check.basis import SHAPE, basis_of, gpu_of, model_of, same_model
 from kvplan.check.server import ServerReport
 from kvplan.gpu import resolve_gpu
+from kvplan.memory.plan import SizePlan
 from kvplan.memory.request import make_request
 from kvplan.model_config import resolve_model
 from kvplan.search import size
@@ -28,6 +29,7 @@ GONE_WITH_GPU = (*OF_GPU, *GONE_WITH_BOTH, "gpu", "total_bytes", "usable_bytes",
 SAME_CARD = 0.06
 """How far the memory a driver reports may be from that of the GPU's profile."""
 
+ANY_LENGTH = 1024
 ALIKE = 0.25
 """How far a reported term may be from the planned one of the model or GPU that is said to be the server's, where the
 server does not name its own."""
@@ -94,7 +96,7 @@ def _is_servers_model(report: ServerReport, stated: Mapping[str, Any], theirs: M
         return True
     if theirs is not None:
         return "model" in stated and same_model(resolve_model(stated["model"]), resolve_model(theirs["model"]))
-    planned = size(make_request(basis_of(report, stated).options), compare=False).memory.weights_bytes
+    planned = sized(basis_of(report, stated).options).memory.weights_bytes
     return _alike(planned, report.number("weights_bytes"))
 
 
@@ -112,12 +114,18 @@ def _is_servers_gpu(report: ServerReport, server: Mapping[str, Any], known: bool
         return gpu.name == (named or gpu.name) and abs(gpu.memory_bytes - total.number) <= SAME_CARD * total.number
     if not known:
         return True
-    memory = size(make_request(basis_of(report, server).options), compare=False).memory
+    memory = sized(basis_of(report, server).options).memory
     weights = report.number("weights_bytes")
     if memory.kv_cache_bytes is None or weights is None:
         return True
     planned = (memory.weights_bytes or 0) + max(memory.kv_cache_bytes, 0)
     return _alike(planned, weights + (report.number("kv_cache_bytes") or 0.0))
+
+
+def sized(options: Mapping[str, Any]) -> SizePlan:
+    """A plan of a server; of any length where the model is a bare shape and the server does not say how long."""
+    bare = not options.keys() & {"model", "context_tokens", "max_model_len_tokens"}
+    return size(make_request({"context_tokens": ANY_LENGTH, **options} if bare else options), compare=False)
 
 
 def _alike(planned: float | None, reported: float | None) -> bool:

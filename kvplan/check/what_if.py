@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kvplan.check.basis import Basis, basis_of
-from kvplan.check.identity import Identity, identify
+from kvplan.check.identity import Identity, identify, sized
 from kvplan.check.server import Fact, ServerReport
 from kvplan.errors import InputError
 from kvplan.memory.budget import OUTSIDE
@@ -24,6 +24,8 @@ from kvplan.units import GIB, format_bytes, format_gib
 
 MEASURED = ("activation_bytes", "graph_bytes", "overhead_bytes")
 FLAGS = {"weights_bytes": "--weights-memory", "kv_cache_bytes": "--kv-cache-memory-bytes"}
+ALIKE_TOKENS = 0.05
+"""How far the tokens that a server counts may be from those of its plan: engines that are approximated are near it."""
 ROUNDING_BYTES = GIB // 20
 """What the two decimals of six printed terms may add up to, and a little more."""
 
@@ -58,7 +60,8 @@ class WhatIf:
                              hint="size without --from-log for another engine")  # fmt: skip
         who = identify(self.report, self.stated)
         after = basis_of(who.kept, {**who.planned, **changes})
-        moved = _moved(who.kept, basis_of(self.report, who.server), after)
+        before = basis_of(self.report, who.server)
+        moved = _moved(who.kept, before, after)
         terms = {name: term for name, term in moved.items() if _field(name) not in changes}
         options = {**after.options, **{_field(name): term.value_bytes for name, term in terms.items()}}
         plan = size(make_request(options), compare=compare)
@@ -69,7 +72,8 @@ class WhatIf:
                              hint="add --gpu" if memory.total_bytes is None else "add --weights-memory")  # fmt: skip
         anew = [name for name in who.planned_anew if _field(name) not in changes and getattr(memory, name) is not None]
         told = replace(plan, memory=replace(memory, sources=_sources(plan, who.kept, terms, anew, after)))
-        return replace(told, advice=(*_notes(told, self.report, terms, anew, who, after), *plan.advice))
+        notes = (*_doubts(who.kept, before), *_notes(told, self.report, terms, anew, who, after))
+        return replace(told, advice=(*notes, *plan.advice))
 
 
 def _field(name: str) -> str:
@@ -96,7 +100,7 @@ class _Moved:
 
 def _moved(report: ServerReport, before: Basis, after: Basis) -> dict[str, _Moved]:
     """The reported weights, KV memory and measured terms, after what changed."""
-    old, new = (size(make_request(b.options), compare=False).memory for b in (before, after))
+    old, new = (sized(b.options).memory for b in (before, after))
     found = {}
     weights = report.facts.get("weights_bytes")
     grown = (new.weights_bytes or 0) - (old.weights_bytes or 0)
@@ -201,6 +205,19 @@ def _notes(plan: SizePlan, report: ServerReport, terms: Mapping[str, _Moved], an
         said.append(f"the terms leave {format_gib(left)} of usable memory, {format_gib(kv)} follow from what the "
                     "server reports: that is what counts")  # fmt: skip
     return (Advice("from_log", message) for message in (*said, *report.notes, *basis.notes))
+
+
+def _doubts(report: ServerReport, before: Basis) -> Iterator[Advice]:
+    """Tokens that the server counts in its KV bytes, where a plan of the server has others."""
+    kv, counted = report.number("kv_cache_bytes"), report.number("capacity_tokens")
+    if kv is None or not counted:
+        return
+    server = sized({**before.options, "kv_cache_memory_bytes": int(kv)})
+    planned = server.kv_cache.capacity_tokens or 0
+    if abs(planned - counted) > ALIKE_TOKENS * counted:
+        yield Advice("not_this_server", f"the log counts {counted:,.0f} tokens in {format_gib(int(kv))}, a plan of the "
+                     f"server {planned:,}: it runs another model, KV dtype, GPU or layout than is taken here, and what "
+                     "follows is of that (`kvplan check --log` names causes)")  # fmt: skip
 
 
 def _listed(memory: Memory, names: list[str]) -> str:

@@ -213,3 +213,13 @@ def test_options_that_cases_would_ignore_are_refused(
     refused = kvplan_cli(command, "--cases", str(cases), "--gpu", "h200", "--tp", "2")
     assert refused.code == 2 and refused.out == ""
     assert refused.err.startswith("error: --gpu, --tp beside --cases would be ignored")
+
+
+def test_tokens_that_contradict_the_model_taken_are_said_first() -> None:
+    """294,848 tokens in 62.99 GiB are 229,394 B each: Gemma 7B's 28 layers × 16 heads × 256, not Llama 8B's 131,072."""
+    log = LOGS / "tensorrt-llm-0.17.log"
+    wrong = kvplan.size_from_log(log, model="8b", context_tokens="8k")
+    assert wrong.advice[0].code == "not_this_server"
+    assert "294,848 tokens in 62.99 GiB, a plan of the server 516,014" in wrong.advice[0].message
+    right = kvplan.size_from_log(log, num_layers=28, num_kv_heads=8, head_dim=256, context_tokens="8k")
+    assert "not_this_server" not in {advice.code for advice in right.advice}
