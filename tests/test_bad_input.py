@@ -165,6 +165,9 @@ def test_options_that_would_be_ignored_are_refused(kvplan_cli: Cli, tmp_path: Pa
     log.write_text("")
     line = assert_one_line(kvplan_cli("check", "--log", str(log), "--seconds", "3"))
     assert "--seconds is of --url, and --log is given" in line
+    load = ["--model", "8b", "--gpu", "h100", "--isl", "8k", "--osl", "1k", "--concurrency", "4"]
+    line = assert_one_line(kvplan_cli("itl", *load, "--batch", "3"))
+    assert "--batch and a load are both given" in line
     line = assert_one_line(kvplan_cli("report", "--model", "8b", "--gpu", "h100", "--format", "json"))
     assert "--format is of the pages of a scenario" in line
 

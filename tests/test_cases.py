@@ -40,5 +40,15 @@ def test_failed_cases_are_counted_on_stderr(answers: Callable[..., Any]):
     assert (ran.code, ran.err) == (0, "2 of 4 cases failed\n")
 
 
+def test_an_error_carries_the_id_of_its_case_and_a_field_given_twice_is_one(kvplan_cli: Callable[..., Ran]):
+    cases = '{"id": 7, "model": "nosuch", "gpu": "h100", "context_tokens": 1}\n{"model": "70b", "model": "8b"}\n'
+    for command in ("size", "itl"):
+        unknown, twice = (
+            json.loads(line) for line in kvplan_cli(command, "--cases", "-", stdin=cases).out.splitlines()
+        )
+        assert unknown["id"] == 7 and unknown["error"]["code"] == "unknown_name"
+        assert twice == {"error": {"code": "bad_input", "message": "model is given twice", "hint": "each field once"}}
+
+
 def test_nothing_is_said_where_no_case_fails(answers: Callable[..., Any]):
     assert answers(GOOD)[1].err == ""

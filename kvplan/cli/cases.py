@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from kvplan.errors import InputError, KvplanError
+from kvplan.errors import InputError, KvplanError, shorten
 
 MAX_LINE_CHARS = 1_000_000
 
@@ -40,8 +40,15 @@ def run_cases(path: Path, answer: Callable[[dict[str, Any]], str]) -> None:
             sys.stdout.write(answer(case) + "\n")
         except KvplanError as error:
             failed += 1
-            sys.stdout.write(json.dumps({"error": error.as_dict()}) + "\n")
+            sys.stdout.write(json.dumps(failure(case, error)) + "\n")
     report_failed(failed, total)
+
+
+def failure(case: object, error: KvplanError) -> dict[str, Any]:
+    """What stands in the place of a case that fails: its error, under the case's own ``id``."""
+    named = case.get("id") if isinstance(case, dict) else None
+    known = isinstance(named, str | int) and not isinstance(named, bool)
+    return {"id": named, "error": error.as_dict()} if known else {"error": error.as_dict()}
 
 
 def report_failed(failed: int, total: int) -> None:
@@ -77,11 +84,21 @@ def _lines(path: Path) -> Iterator[str]:
         raise InputError(f"{path}: cannot be read ({error.strerror or type(error).__name__})") from error
 
 
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of ``pairs``, of which no key may be given twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"{shorten(twice, 60)} is given twice", hint="each field once")
+    return found
+
+
 def _request(line: str) -> dict[str, Any]:
     if len(line) > MAX_LINE_CHARS:
         raise InputError("a case longer than a million characters")
     try:
-        data = json.loads(line)
+        data = json.loads(line, object_pairs_hook=_each_once)
     except (ValueError, RecursionError) as error:
         raise InputError("not JSON", hint="one JSON object a line") from error
     if not isinstance(data, dict):

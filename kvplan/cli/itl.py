@@ -12,7 +12,7 @@ import typer
 
 from kvplan.cli import complete, options
 from kvplan.cli.lists import contexts, counts, named, size_bytes, tokens
-from kvplan.cli.stated import refuse_beside_cases
+from kvplan.cli.stated import refuse_beside_cases, stated
 from kvplan.errors import InputError, KvplanError, UnknownNameError, shorten
 from kvplan.units import parse_tokens
 
@@ -143,6 +143,8 @@ def itl_command(
     }
     load = (isl, osl, concurrency)
     if any(value is not None for value in load):
+        if "batch" in stated(context):
+            raise InputError("--batch and a load are both given", hint="--concurrency says how many clients there are")
         _load(fixed, lists, load, ctx, length_spread, as_json, explain)
     elif length_spread is not None:
         raise InputError("--length-spread is of a load", hint="add --isl 8k --osl 1k --concurrency 64")
@@ -287,7 +289,7 @@ def _combinations(lists: dict[str, list[Any]]) -> list[tuple[str, dict[str, Any]
 
 
 def _run_cases(path: Path) -> None:
-    from kvplan.cli.cases import read_cases, report_failed
+    from kvplan.cli.cases import failure, read_cases, report_failed
     from kvplan.latency.planner import plan_cases
 
     cases = list(read_cases(path))
@@ -297,6 +299,6 @@ def _run_cases(path: Path) -> None:
     for case in cases:
         answer = case if isinstance(case, KvplanError) else next(answers)
         failed += isinstance(answer, KvplanError)
-        found = {"error": answer.as_dict()} if isinstance(answer, KvplanError) else answer.as_dict()
+        found = failure(case, answer) if isinstance(answer, KvplanError) else answer.as_dict()
         sys.stdout.write(json.dumps(found, ensure_ascii=False) + "\n")
     report_failed(failed, len(cases))

@@ -156,6 +156,8 @@ def make_point(options: Mapping[str, Any]) -> Point:
             )
         if load["concurrency"] is None:
             load["concurrency"] = get("batch_size")
+        elif get("batch_size") is not None and get("batch_size") != load["concurrency"]:
+            raise InputError("batch_size and concurrency are both given, and differ", hint="leave out batch_size")
         missing = [name for name, value in load.items() if value is None]
         if missing:
             raise InputError(

@@ -91,7 +91,8 @@ def _from_path(path: Path, reference: str) -> ModelConfig:
     data = read_json_object(file)
     quant_file = folder / "hf_quant_config.json"
     quant = read_json_object(quant_file) if quant_file.is_file() else None
-    shown = reference if _HUB_ID.match(reference) else (folder.name or reference)
+    own = folder.name if file.name == "config.json" else file.name
+    shown = reference if _HUB_ID.match(reference) else (own or reference)
     return read_model_config(
         data,
         where=str(file),
