@@ -64,6 +64,8 @@ def _kernel_and_signature(case: DecodeCase) -> tuple[object, dict, dict, dict]:
     }
     if fmt.name == "fp16":
         types["q_ptr"] = types["out_ptr"] = "*fp16"
+    if case.config.whole_runs:
+        types["v_ptr"] = "*u8"
     if fmt.element_bits == 4:
         packed = "*u32" if case.shape.head_dim == 64 else "*u64"
         types |= dict.fromkeys(("k_scale_ptr", "v_scale_ptr"), packed if fmt.name == "int4" else "*u8")
@@ -78,8 +80,17 @@ def compile_case(case: DecodeCase) -> object:
     return _compile(*_kernel_and_signature(case), case.arch, case.config)
 
 
+def source_of(kernel: object) -> type:
+    """Triton's class for the source of `kernel`, whichever language it is written in."""
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        return GluonASTSource
+    return ASTSource
+
+
 def _compile(kernel: object, signature: dict, constants: dict, aligned: dict, arch: int, config: Config) -> object:
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    source = source_of(kernel)(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "maxnreg": config.max_registers}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 

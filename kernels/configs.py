@@ -13,7 +13,8 @@ class Config:
     """Tile of `block_n` tokens, warps a program, software-pipelining stages.
 
     `ctas_per_sm` limits the programs a multiprocessor holds (None: as many as fit), `max_registers` the registers of a
-    thread (None: the compiler's choice).
+    thread (None: the compiler's choice). `whole_runs`: for the kernel that copies whole runs of the cache, whose stages
+    are tiles in flight.
     """
 
     block_n: int
@@ -21,6 +22,7 @@ class Config:
     num_stages: int
     ctas_per_sm: int | None = None
     max_registers: int | None = None
+    whole_runs: bool = False
 
 
 def _capped(*shapes: tuple[int, int, int], registers: int | None = 168) -> tuple[Config, ...]:
@@ -60,6 +62,35 @@ _DECODE = {
     (16, 192, True): _capped((32, 8, 3), registers=None),
     (16, 256, True): _capped((32, 4, 2), registers=None),
 }
+
+
+def _runs(*shape: int, registers: int, ctas: int | None = None) -> tuple[Config, ...]:
+    return (Config(*shape, ctas_per_sm=ctas, max_registers=registers, whole_runs=True),)
+
+
+# (head_dim, scales inline, more than 8 query heads a KV head): whole runs of 8-bit rows
+_RUNS = {
+    (64, False, False): _runs(64, 2, 1, registers=168),
+    (80, False, False): _runs(64, 2, 2, registers=232, ctas=4),
+    (96, False, False): _runs(64, 2, 2, registers=208, ctas=4),
+    (128, False, False): _runs(64, 2, 1, registers=200, ctas=4),
+    (64, True, False): _runs(64, 2, 1, registers=176),
+    (128, True, False): _runs(64, 2, 1, registers=232, ctas=4),
+    (256, True, False): _runs(64, 4, 1, registers=216),
+    (128, False, True): _runs(64, 2, 1, registers=248, ctas=4),
+}
+
+
+def run_configs(head_dim: int, inline: bool, group_size: int, block_size_tokens: int) -> tuple[Config, ...]:
+    """Configurations for the kernel that copies whole runs, on NVIDIA GPUs; none where another reads faster.
+
+    A tile of rows that are no power of two lies within a block: in small ones 16 tokens a warp, two tiles in flight.
+    """
+    found = _RUNS.get((head_dim, inline, group_size > 8), ())
+    if (inline or head_dim & (head_dim - 1)) and any(c.block_n > block_size_tokens for c in found):
+        warps = block_size_tokens // 16
+        return _runs(block_size_tokens, warps, 2, registers=248, ctas=8 // warps)
+    return found
 
 
 _UNCAPPED_FROM_SM100 = {(8, 80, False), (16, 64, False)}

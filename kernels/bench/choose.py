@@ -50,19 +50,25 @@ def _write(path: Path, choices: dict) -> None:
 @functools.cache
 def _kernels() -> str:
     """Digest of the kernels' source: a choice among other kernels says nothing."""
-    files = sorted((Path(__file__).parents[1] / "decode_attention").glob("*.py"))
+    files = sorted((Path(__file__).parents[1] / "decode_attention").rglob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 def choice_key(cell: DecodeCell, gpu: str) -> str:
     """What a choice depends on: GPU, versions, kernels, format, scales, layout, block size, head_dim, group."""
     parts = (gpu, torch.__version__, triton.__version__, _kernels(), cell.kv_dtype, cell.scale_granularity, cell.layout)
-    return " ".join(map(str, (*parts, cell.block_size_tokens, cell.head_dim, cell.group_size)))
+    shape = cell.shape
+    return " ".join(map(str, (*parts, shape.block_size_tokens, shape.head_dim, shape.group_size, shape.one_sequence)))
+
+
+def default(cell: DecodeCell, device: str = "cuda") -> Config:
+    """The configuration of a plan for `cell` that is told none."""
+    return cell.shape.configs(architecture(device))[0]
 
 
 def is_default(cell: DecodeCell, device: str = "cuda") -> bool:
-    """Whether `cell` has the configuration that a plan takes unless told: what a gate without one has compared."""
-    return cell.config in (None, cell.shape.configs(architecture(device))[0])
+    """Whether `cell` has the configuration that a plan for a batch takes unless told: what gates compare."""
+    return cell.config == replace(cell.shape, one_sequence=False).configs(architecture(device))[0]
 
 
 def choose(cell: DecodeCell, *, device: str = "cuda", time_cell=measure) -> Config:
@@ -79,7 +85,8 @@ def choose(cell: DecodeCell, *, device: str = "cuda", time_cell=measure) -> Conf
     known = {json.dumps(asdict(c), sort_keys=True): c for c in candidates}
     if choices.get(key) in known:
         return known[choices[key]]
-    probe = replace(cell, seq_lens=(MEASURED_TOKENS // 16,) * 16, num_chunks=None)
+    sequences = 1 if cell.shape.one_sequence else 16
+    probe = replace(cell, seq_lens=(MEASURED_TOKENS // sequences,) * sequences, num_chunks=None)
     times = {
         text: time_cell(replace(probe, config=config), samples=15, device=device)["time_s"]
         for text, config in known.items()

@@ -50,6 +50,7 @@ class DecodeCell:
             self.num_kv_heads,
             self.head_dim,
             self.group_size,
+            one_sequence=len(self.seq_lens) == 1,
         )
 
     @property

@@ -36,7 +36,7 @@ class DecodePlan:
 
     `cache` is any layer's cache (its tensors are only looked at for shapes, strides and dtypes). `num_chunks` fixes the
     number of chunks a KV head is cut into (default: what fills the GPU once). `window_tokens`, `soft_cap` and `sinks`
-    as in the reference; `heads_a_program` KV heads share a program. ValueError when the query does not fit the cache,
+    as in the reference. ValueError when the query does not fit the cache,
     or a layer's cache is 32 GiB or larger.
     """
 
@@ -68,7 +68,7 @@ class DecodePlan:
         self.q_dtype = q_dtype
         self.sinks = None if sinks is None else sinks.float()
         shape = self._shape = DecodeShape.of(cache, self.group)
-        if config is None and self.batch == 1:  # joining several heads' pieces costs one sequence more than it saves
+        if self.batch == 1:
             shape = replace(shape, one_sequence=True)
         self.config = config or shape.configs(self.arch)[0]
         self.heads_a_program = shape.heads_a_program(self.config)
@@ -126,7 +126,8 @@ class DecodePlan:
             scale_strides = tuple(s // k_scale.shape[-1] for s in k_scale.transpose(1, 2).stride()[:3])
         elif cache.scale_granularity == "token_head_inline":
             k_scale, v_scale = cache.k.view(torch.float32), cache.v.view(torch.float32)
-        k, v = cache.k, cache.v if cache.fmt.element_bits == 16 else cache.v.view(torch.uint16)
+        as_stored = cache.fmt.element_bits == 16 or self.config.whole_runs
+        k, v = cache.k, cache.v if as_stored else cache.v.view(torch.uint16)
         if cache.fmt.element_bits == 4:
             k = k.view(torch.uint16)
         if cache.fmt.name == "int4":

@@ -3,14 +3,21 @@
 import math
 from dataclasses import dataclass
 
-from ..configs import INLINE_TILES, Config, decode_configs, inline_config, padded_head_dim
-from ..formats import KvFormat, int4_plane_dims
+import torch
+
+from ..configs import INLINE_TILES, Config, decode_configs, inline_config, padded_head_dim, run_configs
+from ..formats import INLINE_SLOT_BYTES, KvFormat, int4_plane_dims
 from ..paged_cache import PagedKvCache
 from .join import NARROW
 from .kernel import attend
 from .kernel_inline import attend_inline
 from .kernel_int4 import attend_int4
 from .kernel_nvfp4 import attend_nvfp4
+
+try:  # Gluon as of Triton 3.6
+    from .runs import attend_runs
+except (ImportError, AttributeError):
+    attend_runs = None
 
 BATCH_BUCKETS = (1, 32, 128, 1024, 8192)
 SCALE_CODES = {"none": 0, "tensor": 1, "head": 1, "token_head": 2, "token_head_inline": 3, "block": 0}
@@ -33,12 +40,18 @@ def split_head_dim(element_bits: int, head_dim: int) -> tuple[int, int]:
     return first, head_dim - first
 
 
+def _lies_close(data: torch.Tensor, layout: str) -> bool:
+    """Whether the rows of a block follow each other: head-major those of each head, token-major all."""
+    rows = data.stride()[1:] == (data.shape[2] * data.shape[3], data.shape[3], 1)
+    return rows or (layout == "HND" and data.stride()[2:] == (data.shape[3], 1))
+
+
 @dataclass(frozen=True)
 class DecodeShape:
     """A kind of cache, and the query heads that share a KV head of it.
 
-    `dense`: no gaps between the rows of a block (asked of token-major inline rows only); `one_sequence`: the cut is for
-    a batch of one.
+    `dense`: no gaps between the rows of a block, nor between its scales; `one_sequence`: the cut is for a batch of one,
+    where joining pieces of several heads, or by two warps, costs more than it saves.
     """
 
     fmt: KvFormat
@@ -62,8 +75,8 @@ class DecodeShape:
             cache.num_kv_heads,
             cache.head_dim,
             group_size,
-            dense=(cache.scale_granularity, cache.layout) != ("token_head_inline", "NHD")
-            or all(x.stride()[1:] == (x.shape[2] * x.shape[3], x.shape[3], 1) for x in (cache.k, cache.v)),
+            dense=all(_lies_close(x, cache.layout) for x in (cache.k, cache.v))
+            and (cache.scale_granularity != "token_head" or cache.k_scale.stride(-1) == 1),
         )
 
     @property
@@ -74,19 +87,31 @@ class DecodeShape:
         wanted = inline and not self.one_sequence
         return heads if wanted and self.group_size <= 8 and (heads, self.head_dim) in INLINE_TILES else 1
 
+    def _run_configs(self) -> tuple[Config, ...]:
+        """Configurations of `attend_runs`; none where a KV head's tile is no run of bytes, or others are as fast."""
+        inline = self.scale_granularity == "token_head_inline"
+        in_runs = self.dense and (self.layout == "HND" or self.num_kv_heads == 1) and self.block_size_tokens >= 16
+        if attend_runs is None or self.fmt.element_bits != 8 or not in_runs or (self.one_sequence and not inline):
+            return ()
+        return run_configs(self.head_dim, inline, self.group_size, self.block_size_tokens)
+
     def configs(self, arch: int | None) -> tuple[Config, ...]:
         """Configurations to choose from, the default first; `arch` None: a CPU or ROCm."""
         heads = self._heads_side_by_side
         if heads > 1 and self.block_size_tokens >= 16:
             return (inline_config(arch, self.head_dim, heads, self.block_size_tokens),)
-        return decode_configs(arch, self.fmt.element_bits, self.head_dim, self.group_size)
+        others = decode_configs(arch, self.fmt.element_bits, self.head_dim, self.group_size)
+        return others if arch is None else (*self._run_configs(), *others)
 
     def heads_a_program(self, config: Config) -> int:
         """KV heads that one program reads: more than 1 by `attend_inline`, whose tiles lie within a block."""
-        return self._heads_side_by_side if config.block_n <= self.block_size_tokens else 1
+        within_block = config.block_n <= self.block_size_tokens and not config.whole_runs
+        return self._heads_side_by_side if within_block else 1
 
     def kernel(self, config: Config) -> object:
         """The kernel that reads such a cache."""
+        if config.whole_runs:
+            return attend_runs
         if self.fmt.element_bits == 4:
             return attend_int4 if self.fmt.name == "int4" else attend_nvfp4
         return attend_inline if self.heads_a_program(config) > 1 else attend
@@ -101,6 +126,8 @@ class DecodeShape:
         heads = self.heads_a_program(config)
         rows = max(group_padded, _power_of_two(heads * self.group_size))
         tile_bytes = heads * config.block_n * dim_padded * 2 * self.fmt.element_bits // 8
+        row_bytes = self.head_dim + (INLINE_SLOT_BYTES if self.scale_granularity == "token_head_inline" else 0)
+        width = 1 << (row_bytes.bit_length() - 1)
         found = {
             "KV_HEADS": self.num_kv_heads,
             "HEADS": heads,
@@ -111,6 +138,9 @@ class DecodeShape:
             "DP": dim_padded,
             "DA": first_dims,
             "DB": rest_dims,
+            "WIDTH": width,
+            "TAIL": row_bytes - width,
+            "WARPS": config.num_warps,
             "PLANE": int4_plane_dims(self.head_dim),
             "PAGE": self.block_size_tokens,
             "BLOCK_N": config.block_n,

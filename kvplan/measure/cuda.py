@@ -21,7 +21,7 @@ from kvplan.kernels.append_kv import append_kv
 from kvplan.kernels.bench import decode_attention as plain
 from kvplan.kernels.bench import mla_decode as latent
 from kvplan.kernels.bench import peers, read_roofline
-from kvplan.kernels.bench.choose import MEASURED_TOKENS, choose, is_default
+from kvplan.kernels.bench.choose import MEASURED_TOKENS, choose, default, is_default
 from kvplan.kernels.bench.decode_attention import DecodeCell, graph_repeats
 from kvplan.kernels.bench.mla_decode import MlaCell
 from kvplan.kernels.bench.timing import time_calls
@@ -124,10 +124,12 @@ class CudaBackend:
         """One CUDA graph over the cell's layers; split and combine counted together."""
         decode = _bench_cell(cell.family, (cell.context_tokens,) * cell.batch_size)
         bench = latent if isinstance(decode, MlaCell) else plain
-        has_choice = tune and isinstance(decode, DecodeCell)
         with _guarded():
-            if has_choice and self.free_bytes() > 4 * MEASURED_TOKENS * cell.family.bytes_per_token:
-                decode = replace(decode, config=choose(decode, device=DEVICE))
+            if isinstance(decode, DecodeCell):
+                pick = default
+                if tune and self.free_bytes() > 4 * MEASURED_TOKENS * cell.family.bytes_per_token:
+                    pick = choose
+                decode = replace(decode, config=pick(decode, device=DEVICE))
                 self._gate_choice(decode, seed)
             r = bench.measure(decode, layers=cell.layers, device=DEVICE, samples=replays, seed=seed)
         names = ("config", "num_chunks", "registers", "spills", "shared_bytes")

@@ -28,10 +28,17 @@ def timed(tmp_path, monkeypatch):
 def test_the_fastest_is_taken_and_remembered(timed):
     seen, time_cell = timed
     best = configs.decode_configs(90, 8, 128, 8)[1]
-    assert module.choose(DecodeCell((64,)), device="cpu", time_cell=time_cell) == best
-    assert len(seen) == 2
+    assert module.choose(DecodeCell((64,) * 2), device="cpu", time_cell=time_cell) == best
+    assert len(seen) == 3
     assert module.choose(DecodeCell((99,) * 4), device="cpu", time_cell=time_cell) == best
-    assert len(seen) == 2
+    assert len(seen) == 3
+
+
+def test_a_sequence_alone_has_a_choice_of_its_own(timed):
+    seen, time_cell = timed
+    for lengths in ((64,) * 2, (64,)):
+        module.choose(DecodeCell(lengths), device="cpu", time_cell=time_cell)
+    assert [c.whole_runs for c in seen] == [True, False, False, False, False]
 
 
 def test_other_versions_measure_anew_and_a_spoilt_file_counts_as_empty(timed, monkeypatch):
