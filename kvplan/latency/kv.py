@@ -99,7 +99,7 @@ def calibration_note(
 
 @lru_cache(maxsize=1024)
 def kv_speed(gpu_name: str, engine: str, kv_dtype: str, latent: bool, calibration_path: str | None = None,
-             latent_heads: int | None = None) -> KvSpeed:  # fmt: skip
+             latent_heads: int | None = None, latent_bytes_ratio: float = 1.0) -> KvSpeed:  # fmt: skip
     """The slowdown per byte of ``kv_dtype``, from a kernel calibration where one covers it, else assumed.
 
     Args:
@@ -109,13 +109,14 @@ def kv_speed(gpu_name: str, engine: str, kv_dtype: str, latent: bool, calibratio
         latent: whether layers that read the context are latent attention.
         calibration_path: a calibration file to use instead of the one this GPU and engine have.
         latent_heads: query heads of a rank, where all layers are plain latent attention.
+        latent_bytes_ratio: bytes of a token in one of them then, over those of 16 bits.
 
     """
     fmt = kv_format(kv_dtype)
     bits = min(fmt.key_bits, fmt.value_bits)
     if latent_heads is not None and bits >= 8:
         given = latent_calibration(gpu_name, engine, latent_heads, calibration_path)
-        return _latent_kv_speed(load_gpu(gpu_name), given, 16 if bits >= 16 else 8, latent_heads)
+        return _latent_kv_speed(load_gpu(gpu_name), given, latent_bytes_ratio, latent_heads)
     if bits >= 16:
         return KvSpeed(1.0, "exact", "16 bits are the reference")
     calibration = None if latent else attention_calibration(gpu_name, engine, calibration_path)
@@ -134,25 +135,25 @@ def kv_speed(gpu_name: str, engine: str, kv_dtype: str, latent: bool, calibratio
                    f"{efficiency:.0%} of the bandwidth of 16-bit KV")  # fmt: skip
 
 
-def _latent_kv_speed(gpu: GpuSpec, calibration: LatentCalibration | None, bits: int, heads: int) -> KvSpeed:
+def _latent_kv_speed(gpu: GpuSpec, calibration: LatentCalibration | None, bytes_ratio: float, heads: int) -> KvSpeed:
     """Time per byte over that of 16 bits and at most 64 heads a rank.
 
-    8 bits take between half the time of 16, their bytes, and all of it, whatever was measured.
+    8 bits take between the share of the time that their bytes are, and all of it, whatever was measured.
     """
-    reference = latent_speed(gpu, calibration, 16, 1).slope_s
-    half = latent_speed(gpu, calibration, 16, heads)
-    if bits == 16:
+    reference = latent_speed(gpu, calibration, 1.0, 1).slope_s
+    half = latent_speed(gpu, calibration, 1.0, heads)
+    if bytes_ratio >= 1:
         return KvSpeed(half.slope_s / reference, "exact", "16 bits are the reference")
-    found = latent_speed(gpu, calibration, 8, heads)
+    found = latent_speed(gpu, calibration, bytes_ratio, heads)
     ratio = found.slope_s / half.slope_s
-    taken = min(max(ratio, 0.5), 1.0)
-    detail = f"{ratio:.2f} of the bf16 slope at 0.50 of its bytes, {heads} heads a rank"
+    taken = min(max(ratio, bytes_ratio), 1.0)
+    detail = f"{ratio:.2f} of the bf16 slope at {bytes_ratio:.2f} of its bytes, {heads} heads a rank"
     if found.source is None:
         detail = f"no kernel calibration of latent attention: {detail}, by bytes and FLOPs of the roofline"
     else:
         detail = f"{found.source}: {detail}" + (f"; taken as {taken:.2f}" if taken != ratio else "")
     source: Source = "assumed" if found.source is None else "calibrated"
-    return KvSpeed(2 * taken * half.slope_s / reference, source, detail)
+    return KvSpeed(taken / bytes_ratio * half.slope_s / reference, source, detail)
 
 
 def is_latent(model: ModelConfig) -> bool:

@@ -23,7 +23,6 @@ FLOPS_PER_ROW = 2 * (2 * 512 + 64)
 TILE_ROWS = 64
 ASSUMED_BANDWIDTH, ASSUMED_FLOPS = 0.9, 0.7
 """Shares of peak where no kernel was measured; measured ones reach 0.75 to 1 and 0.7 to 0.8 (assumed)."""
-ENTRIES = {16: "bfloat16", 8: "fp8"}
 
 
 class LatentSpeed(NamedTuple):
@@ -43,6 +42,13 @@ def latent_heads(model: ModelConfig, attention_tp_size: int) -> int | None:
     return max(heads // attention_tp_size, 1) if heads else None
 
 
+def latent_bytes_ratio(model: ModelConfig, row_bytes: int) -> float:
+    """Bytes of a token in a latent layer over those of 16 bits; 1 of models without one."""
+    width = max((c.latent_dim + c.rope_dim for layer in model.layers for c in layer.caches
+                 if isinstance(c, LatentCache)), default=0)  # fmt: skip
+    return row_bytes / (2 * width) if width else 1.0
+
+
 @lru_cache(maxsize=64)
 def latent_calibration(gpu_name: str, engine: str, num_heads: int, path: str | None) -> LatentCalibration | None:
     """The calibration of an engine's latent kernel on a GPU, or the one given, remembered; None when there is none.
@@ -56,14 +62,20 @@ def latent_calibration(gpu_name: str, engine: str, num_heads: int, path: str | N
     return find_latent(gpu_name, engine, num_heads) if path is None else read_latent(Path(path), gpu_name, num_heads)
 
 
-def latent_speed(gpu: GpuSpec, calibration: LatentCalibration | None, bits: int, num_heads: int) -> LatentSpeed:
-    """The slope of ``num_heads`` query heads on latents of 16 or 8 bits."""
-    token_bytes = LATENT_ELEMENTS * bits / 8
-    measured = None if calibration is None else calibration.slope_s(ENTRIES[bits], num_heads, token_bytes)
+def latent_speed(
+    gpu: GpuSpec, calibration: LatentCalibration | None, bytes_ratio: float, num_heads: int
+) -> LatentSpeed:
+    """The slope of ``num_heads`` query heads on rows of 16 bits, or on rows of 8 with ``bytes_ratio`` of their bytes.
+
+    That is 0.5 of plain elements, and 656 / 1,152 with scales of blocks and 16-bit RoPE.
+    """
+    row_bytes, is_half = 2 * LATENT_ELEMENTS * bytes_ratio, bytes_ratio >= 1
+    entry = "bfloat16" if is_half else "fp8"
+    measured = None if calibration is None else calibration.slope_s(entry, num_heads, row_bytes)
     if calibration is not None and measured is not None:
         return LatentSpeed(measured, calibration.source)
     half = gpu.dense_flops_per_s.get("bf16") or gpu.dense_flops_per_s.get("fp16") or 0.0
-    if bits == 8 and gpu.sm is not None and gpu.sm >= 100:
+    if not is_half and gpu.sm is not None and gpu.sm >= 100:
         half = gpu.dense_flops_per_s.get("fp8") or half
-    stream = token_bytes / ((gpu.memory_bandwidth_bytes_per_s or 0.0) * ASSUMED_BANDWIDTH)
+    stream = row_bytes / ((gpu.memory_bandwidth_bytes_per_s or 0.0) * ASSUMED_BANDWIDTH)
     return LatentSpeed(hypot(stream, FLOPS_PER_ROW * max(num_heads, TILE_ROWS) / (half * ASSUMED_FLOPS)), None)

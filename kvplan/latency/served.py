@@ -17,7 +17,7 @@ from kvplan.errors import InputError, shorten
 from kvplan.gpu import GpuSpec, resolve_gpu
 from kvplan.latency.capacity import max_batches
 from kvplan.latency.kv import KvSpeed, assumed_kv_dtype, calibration_note, is_latent, kv_speed
-from kvplan.latency.latent import latent_heads
+from kvplan.latency.latent import latent_bytes_ratio, latent_heads
 from kvplan.latency.parameters import Traits
 from kvplan.latency.request import ItlRequest, resolve_model_or_sibling
 from kvplan.latency.step import LoadFeatures, StepFeatures
@@ -137,13 +137,13 @@ class Served:
         in_step = np.maximum(batch_per_rank / d.pp_size, 1.0)
         tokens = in_step * d.attention_dp_size
         ones = np.ones_like(in_step)
-        kv_bytes = in_step * t.kv_read_bytes(np.asarray(context_tokens, dtype=float))
+        kv_bytes = in_step * t.kv_read_bytes(np.asarray(context_tokens, dtype=float), self.kv_speed.slowdown)
         return StepFeatures(
             dense_s=ones * (t.dense_weight_bytes / peak),
             expert_s=ones * (t.weights["expert"].resident_bytes / peak),
             expert_chance=ones * t.expert_chance,
             flops_s=tokens * self._matrix_seconds_per_token(),
-            kv_s=kv_bytes * (self.kv_speed.slowdown / peak),
+            kv_s=kv_bytes / peak,
             collectives=ones * (t.num_collectives + d.pp_size - 1),
             collective_factor=ones * self.collective_factor,
             message_s=t.message_bytes(in_step) / self.peaks.link_bytes_per_s,
@@ -160,8 +160,9 @@ class Served:
     def kv_slope_s(self, batch_per_rank: Floats, context_tokens: Number) -> Floats:
         """d(``kv_s``)/d(context) of a step."""
         in_step = np.maximum(batch_per_rank / self.deployment.pp_size, 1.0)
-        slope = self.traffic.kv_slope_bytes_per_token(np.asarray(context_tokens, dtype=float))
-        return np.asarray(in_step * slope * (self.kv_speed.slowdown / self.peaks.bandwidth_bytes_per_s))
+        context = np.asarray(context_tokens, dtype=float)
+        slope = self.traffic.kv_slope_bytes_per_token(context, self.kv_speed.slowdown)
+        return np.asarray(in_step * slope / self.peaks.bandwidth_bytes_per_s)
 
     def load_features(self, input_tokens: Floats, output_tokens: Floats, has_spread: Floats) -> LoadFeatures:
         """Features of prompts and outputs of these true mean lengths."""
@@ -247,7 +248,8 @@ def serve(request: ItlRequest) -> Served:
     assert setup.gpu is not None
     stored = plan.kv_cache_dtype
     heads = latent_heads(model, deployment.attention_tp_size)
-    speed = kv_speed(setup.gpu.name, engine, stored, is_latent(model), request.calibration, heads)
+    speed = kv_speed(setup.gpu.name, engine, stored, is_latent(model), request.calibration, heads,
+                     latent_bytes_ratio(model, traffic.kv[0].bytes_per_state))  # fmt: skip
     if request.calibration is not None or not is_latent(model):
         why = calibration_note(setup.gpu.name, engine, request.calibration, is_latent(model), heads)
         notes += [why] if why else []

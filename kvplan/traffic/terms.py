@@ -41,6 +41,10 @@ class KvRead:
     constant_bytes: int = 0
     flops_per_state: float = 0.0
 
+    def weight(self, slowdown: float) -> float:
+        """``slowdown`` where the bytes are in the KV format, 1 for states and index keys, which have their own."""
+        return 1.0 if self.kind in ("state", "indexer") else slowdown
+
     def states(self, context_tokens: Number) -> Number:
         """States one request reads in one layer at ``context_tokens``."""
         found = context_tokens / self.tokens_per_state
@@ -132,14 +136,15 @@ class Traffic:
         experts = self.weights["expert"].resident_bytes * self.expert_share_read(num_tokens, evenness)
         return self.dense_weight_bytes + experts
 
-    def kv_read_bytes(self, context_tokens: Number) -> Number:
-        """KV bytes one request reads on one rank."""
-        return sum((part.read_bytes(context_tokens) for part in self.kv), np.zeros_like(context_tokens, dtype=float))
-
-    def kv_slope_bytes_per_token(self, context_tokens: Number) -> Number:
-        """d(KV bytes read)/d(context) of one request on one rank."""
+    def kv_read_bytes(self, context_tokens: Number, slowdown: float = 1.0) -> Number:
+        """KV bytes one request reads on one rank, those in the KV format counted ``slowdown`` times."""
         zero = np.zeros_like(context_tokens, dtype=float)
-        return sum((part.slope_bytes_per_token(context_tokens) for part in self.kv), zero)
+        return sum((part.read_bytes(context_tokens) * part.weight(slowdown) for part in self.kv), zero)
+
+    def kv_slope_bytes_per_token(self, context_tokens: Number, slowdown: float = 1.0) -> Number:
+        """d(KV bytes read)/d(context) of one request on one rank, counted alike."""
+        zero = np.zeros_like(context_tokens, dtype=float)
+        return sum((part.slope_bytes_per_token(context_tokens) * part.weight(slowdown) for part in self.kv), zero)
 
     def kv_flops(self, context_tokens: Number) -> Number:
         """Attention FLOPs of one request in one step on one rank."""

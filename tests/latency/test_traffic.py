@@ -59,6 +59,29 @@ def test_sparse_latent_attention_reads_top_k_latents_and_all_index_keys() -> Non
     assert float(traffic.kv_read_bytes(np.array(100_000.0))) == 61 * (2048 * 1152 + 100_000 * 132)
 
 
+def test_index_keys_and_states_cost_the_same_whatever_the_kv_format() -> None:
+    # beyond the top 2,048 only index keys grow, FP8 in either case; 3/4 of Qwen3.5's layers keep states
+    sparse = [served(model="deepseek-v3.2", tp_size=8, kv_cache_dtype=dtype) for dtype in ("bf16", "fp8")]
+    batch, context = np.array([1.0]), np.array([100_000.0])
+    bf16, fp8 = (float(one.kv_slope_s(batch, context)[0]) for one in sparse)
+    assert fp8 == bf16 == 61 * 132 / 4.8e12
+    hybrid = served(model="qwen3.5-27b", kv_cache_dtype="fp8")
+    states = float(hybrid.traffic.kv_read_bytes(np.array(0.0)))
+    assert states > 0 and hybrid.kv_speed.slowdown > 1
+    assert float(hybrid.step_features(batch, np.array([0.0])).kv_s[0]) == pytest.approx(states / 4.8e12)
+
+
+def test_rows_with_scales_cost_their_bytes_of_the_stream_and_the_same_products() -> None:
+    """656 bytes of DeepSeek's latent in place of 576: 14% more to stream, and none more to multiply."""
+    plain, scaled = (served(model="deepseek-v3", tp_size=8, engine="generic", kv_cache_dtype=dtype)
+                     for dtype in ("fp8", "fp8_ds_mla"))  # fmt: skip
+    batch, context = np.array([1.0]), np.array([8192.0])
+    ratio = float(scaled.kv_slope_s(batch, context)[0] / plain.kv_slope_s(batch, context)[0])
+    # H200, 16 heads in tiles of 64: 576 B take 0.133 ns, their products 0.201 ns, together 0.241; 656 B 0.152 ns
+    assert ratio == pytest.approx(0.252 / 0.241, abs=2e-3)
+    assert 1 < ratio < 656 / 576
+
+
 def test_weights_of_a_dense_model_are_all_read() -> None:
     # Llama 3.1 70B: 70.55e9 parameters less the input embedding (128,256 × 8,192), two bytes, over 4 ranks
     traffic = served(model="70b", tp_size=4).traffic
