@@ -150,7 +150,9 @@ def itl_command(
         raise InputError("--length-spread is of a load", hint="add --isl 8k --osl 1k --concurrency 64")
     else:
         lists["batch_size"] = counts(batch, "--batch", MAX_BATCH)
-        _lines(fixed, lists, _ascending(DEFAULT_CONTEXTS if ctx is None else ctx), as_json, explain)
+        most = fixed["max_model_len_tokens"]
+        usual = [tokens for tokens in _ascending(DEFAULT_CONTEXTS) if most is None or tokens <= most] or [most]
+        _lines(fixed, lists, usual if ctx is None else _ascending(ctx), as_json, explain)
 
 
 def _ascending(text: str) -> list[int]:
@@ -242,7 +244,7 @@ def _load(fixed: dict[str, Any], lists: dict[str, list[Any]], load: tuple[str | 
         clients = chosen.pop("concurrency")
         try:
             served = serve(make_itl_request({**fixed, **chosen}))
-            plan = plan_points(served, [make_point({**point, "concurrency": clients})])[0]
+            plan = plan_points(served, [make_point({**fixed, **point, "concurrency": clients})])[0]
         except UnknownNameError:
             raise
         except KvplanError as error:

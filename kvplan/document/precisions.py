@@ -104,12 +104,26 @@ def precisions_of(formats: Sequence[Format], measured_ratios: dict[str, float]) 
     return [_precision(fmt, base, measured_ratios.get(fmt.name)) for fmt in formats]
 
 
+def _bytes_ratio(fmt: Format, base: Format | None) -> float | None:
+    """Bytes that one more token of context is read with, over those of 16 bits; of those it is stored with where no
+    step is predicted. Index keys are as large in every format, and latents beyond the top are stored and not read.
+    """
+    if base is None:
+        return None
+    if fmt.line is None or base.line is None:
+        mine, theirs = fmt.row.bytes_per_token, base.row.bytes_per_token
+    else:
+        mine, theirs = (
+            float(line.served.traffic.kv_slope_bytes_per_token(line.plans[-1].context_tokens))
+            for line in (fmt.line, base.line)
+        )
+    return mine / theirs if mine is not None and theirs else None
+
+
 def _precision(fmt: Format, base: Format | None, measured_ratio: float | None) -> Precision:
     row, line = fmt.row, fmt.line
     if row.forbidden is not None:
         return Precision(kv_cache_dtype=fmt.name, is_chosen=fmt.is_chosen, forbidden=row.forbidden)
-    base_bytes = None if base is None else base.row.bytes_per_token
-    ratio = None if not base_bytes or row.bytes_per_token is None else row.bytes_per_token / base_bytes
     is_base = base is not None and fmt.name == base.name
     return Precision(
         kv_cache_dtype=fmt.name,
@@ -126,7 +140,7 @@ def _precision(fmt: Format, base: Format | None, measured_ratio: float | None) -
         intercept_s=None if line is None else line.intercept_s,
         slope_s_per_token=None if line is None else line.slope_s_per_token,
         slope_ratio=1.0 if is_base and line is not None else None if line is None else line.slope_ratio,
-        bytes_ratio=ratio,
+        bytes_ratio=_bytes_ratio(fmt, base),
         slope_ratio_source="exact" if is_base else None if line is None else line.slope_ratio_source,
         slope_ratio_detail=None if line is None else line.slope_ratio_detail or None,
         measured_slope_ratio=measured_ratio,

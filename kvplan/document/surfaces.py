@@ -20,9 +20,11 @@ LEAST_USERS, MOST_USERS = 16, 4096
 
 
 def contexts_of(setup: Setup) -> list[int]:
-    """Contexts doubling from 1k to the model's own limit (at most 1M), and the report's."""
+    """Contexts doubling from 1k to the model's own limit (at most 1M) or a stated one, and the report's."""
     asked = setup.context_tokens
-    end = max(min(setup.model.max_context_tokens or asked, LARGEST_CONTEXT), setup.max_model_len_tokens, 4096)
+    end = setup.request.max_model_len_tokens or max(
+        min(setup.model.max_context_tokens or asked, LARGEST_CONTEXT), setup.max_model_len_tokens, 4096
+    )
     return sorted({*_doubling(min(SMALLEST_CONTEXT, asked), end), asked})
 
 

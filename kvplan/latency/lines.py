@@ -12,7 +12,7 @@ import numpy as np
 from kvplan.errors import KvplanError
 from kvplan.latency.plan import ItlPlan
 from kvplan.latency.planner import parameters_of, plan_points
-from kvplan.latency.request import Point, make_itl_request
+from kvplan.latency.request import Point, check_length, make_itl_request
 from kvplan.latency.served import Served, serve
 from kvplan.latency.step import step_times
 from kvplan.memory.limits import kv_bytes_for
@@ -82,6 +82,7 @@ def make_line(label: str, options: dict[str, Any], contexts: Sequence[int], batc
         KvplanError: the request cannot be understood, or the engine refuses it.
 
     """
+    check_length(options, contexts[-1])
     served = serve(make_itl_request(options))
     plans = plan_points(served, [Point(context_tokens=c, batch_size=batch_size) for c in contexts])
     slopes = [plan.slope_s_per_token for plan in plans]

@@ -109,8 +109,7 @@ class ItlPlan(NamedTuple):
     @property
     def notes(self) -> tuple[str, ...]:
         """What was taken for granted of the deployment, and that a request is longer than its checkpoint claims."""
-        longest = (self.point.input_tokens or 0) + (self.point.output_tokens or 0) or self.point.context_tokens
-        beyond = beyond_claim(longest or 0, self.facts.claimed_context_tokens)
+        beyond = beyond_claim(self.point.longest_tokens, self.facts.claimed_context_tokens)
         return self.facts.notes if beyond is None else (*self.facts.notes, beyond)
 
     @property

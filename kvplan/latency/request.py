@@ -129,6 +129,11 @@ class Point(NamedTuple):
         """Whether a closed loop is asked about rather than one step."""
         return self.input_tokens is not None
 
+    @property
+    def longest_tokens(self) -> int:
+        """Tokens of a request at its longest."""
+        return (self.input_tokens or 0) + (self.output_tokens or 0) or self.context_tokens or 0
+
 
 POINT_NAMES = Point._fields
 _LOAD_FIELDS = frozenset(("input_tokens", "output_tokens", "concurrency", "length_spread"))
@@ -138,9 +143,29 @@ def make_point(options: Mapping[str, Any]) -> Point:
     """The point of a request.
 
     Raises:
-        InputError: a field is impossible, or neither or both of a step and a load are described.
+        InputError: a field is impossible, neither or both of a step and a load are described, or requests are longer
+            than the server takes.
 
     """
+    point = _point(options)
+    check_length(options, point.longest_tokens)
+    return point
+
+
+def check_length(options: Mapping[str, Any], tokens: int) -> None:
+    """Refuse requests of so many ``tokens`` where ``options`` say that the server takes none as long.
+
+    Raises:
+        InputError: they are longer than ``max_model_len_tokens``.
+
+    """
+    limit = options.get("max_model_len_tokens")
+    if limit is not None and tokens > (most := parse_tokens(limit, "max_model_len_tokens")):
+        raise InputError(f"requests of {tokens:,} tokens are longer than --max-model-len {most:,}",
+                         hint="raise --max-model-len, or leave it out")  # fmt: skip
+
+
+def _point(options: Mapping[str, Any]) -> Point:
     get = options.get
     context, batch = get("context_tokens"), get("batch_size")
     if type(context) is int and type(batch) is int and not _LOAD_FIELDS & options.keys():

@@ -239,7 +239,7 @@ def serve(request: ItlRequest) -> Served:
         size, model=size.model if note is None else model.name, weight_dtype=dtype, kv_cache_dtype=kv_dtype,
         tp_size=deployment.attention_tp_size, dp_size=deployment.attention_dp_size,
         ep=size.ep or deployment.expert_parallel_size > 1,
-        context_tokens=size.context_tokens or model.max_context_tokens or 4096,
+        context_tokens=size.max_model_len_tokens or model.max_context_tokens or 4096,
     )  # fmt: skip
     setup = set_up(resolved)
     plan = cache_plan(setup)

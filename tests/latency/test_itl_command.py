@@ -370,6 +370,18 @@ def test_itl_fits_exactly_what_size_fits(split: dict[str, Any]) -> None:
     assert [kvplan.itl(**asked, batch_size=batch).fits for batch in (most, most + 1)] == [True, False]
 
 
+def test_a_request_longer_than_the_server_takes_is_refused_where_that_is_stated(kvplan_cli: Callable[..., Ran]) -> None:
+    words = ["itl", "--model", "8b", "--gpu", "h200", "--max-model-len", "8k"]
+    assert "8,192" in kvplan_cli(*words).out  # as far as lines go unless told
+    assert kvplan_cli(*words, "--ctx", "4k").code == 0
+    for more in (["--ctx", "16k"], ["--isl", "8k", "--osl", "1k", "--concurrency", "4"]):
+        ran = kvplan_cli(*words, *more)
+        assert ran.code == 2 and "are longer than --max-model-len 8,192" in ran.err
+    case = {"model": "8b", "gpu": "h200", "max_model_len_tokens": "8k", "batch_size": 1}
+    answers = kvplan.itl_cases([{**case, "context_tokens": 8192}, {**case, "context_tokens": 8193}])
+    assert isinstance(answers[0], kvplan.ItlPlan) and isinstance(answers[1], InputError)
+
+
 def test_a_request_longer_than_the_checkpoint_claims_is_said_to_be(kvplan_cli: Callable[..., Ran]) -> None:
     asked: dict[str, Any] = {"model": "70b", "gpu": "h100", "tp_size": 8}
     step, load = (

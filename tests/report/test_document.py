@@ -58,6 +58,21 @@ def test_load_is_predicted_with_the_lengths_that_were_given() -> None:
     assert report.answers.now.tpot.value_s == pytest.approx(plan.load.tpot_s, rel=1e-5)
 
 
+def test_a_stated_longest_request_ends_the_contexts_and_leaves_the_speed_known() -> None:
+    report = kvplan.report(model="8b", gpu="h200", context_tokens="4k", max_model_len_tokens="8k", date=DATE)
+    assert report.answers.now is not None and report.answers.limit is not None
+    assert report.what_if.contexts_tokens == [1024, 2048, 4096, 8192]
+
+
+def test_bytes_alone_are_those_that_are_read() -> None:
+    """Beyond its top 2,048 latents DeepSeek-V3.2 reads index keys only, as many bytes in every KV format."""
+    asked = {"model": "deepseek-v3.2", "gpu": "b200", "tp_size": 8, "context_tokens": "32k", "date": DATE}
+    report = kvplan.report(**asked, kv_cache_dtype="fp8")
+    fp8 = next(precision for precision in report.precisions if precision.is_chosen)
+    assert fp8.capacity_gain is not None and fp8.capacity_gain > 1.8
+    assert fp8.slope_ratio == fp8.bytes_ratio == 1
+
+
 def test_prompts_that_queue_are_said_in_words() -> None:
     """Memory holds them all, and yet the first token takes longer than the answer after it."""
     report = kvplan.report(model="qwen3-32b", gpu="h100", tp_size=4, engine="sglang", date=DATE,
