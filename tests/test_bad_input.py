@@ -144,6 +144,12 @@ def test_what_an_engine_does_not_start_with_is_refused(kvplan_cli: Cli) -> None:
     for command in ("size", "itl"):
         line = assert_one_line(kvplan_cli(command, "--model", "8b", "--gpu", "h100", "--ep"))
         assert "vLLM refuses --ep: llama-3.1-8b has no experts (leave out --ep)" in line
+    steps = ["--max-num-seqs", "1024", "--max-num-batched-tokens", "512"]
+    line = assert_one_line(kvplan_cli("size", "--model", "8b", "--gpu", "h100", "--ctx", "8k", *steps))
+    assert "vLLM refuses --max-num-seqs 1,024 beyond --max-num-batched-tokens 512" in line
+    sparse = ["--model", "deepseek-v3.2", "--gpu", "b200", "--tp", "8", "--ctx", "8k", "--engine", "sglang"]
+    line = assert_one_line(kvplan_cli("size", *sparse, "--kv-cache-dtype", "fp8_e5m2"))
+    assert "sglang has no KV-cache dtype fp8_e5m2 (it takes bfloat16, fp8, fp8_ds_mla, fp8_e4m3)" in line
     amd = ["--model", "8b", "--gpu", "mi300x", "--ctx", "8k"]
     line = assert_one_line(kvplan_cli("size", *amd, "--engine", "tensorrt-llm"))
     assert "TensorRT-LLM: it runs on NVIDIA GPUs only, not on AMD Instinct MI300X" in line

@@ -20,7 +20,7 @@ from kvplan.memory.cache_plan import CachePlan
 from kvplan.memory.engines import ENGINES
 from kvplan.memory.engines.sglang_memory import rules_version
 from kvplan.memory.engines.tensorrt_llm import ELSEWHERE
-from kvplan.memory.engines.vllm_versions import CURRENT
+from kvplan.memory.engines.vllm_versions import CURRENT, VersionRules
 from kvplan.memory.setup import Setup
 from kvplan.memory.splits import redundant_experts, split_refusal
 
@@ -123,10 +123,12 @@ def _vllm(setup: Setup, kv_dtype: str, users: int | None) -> tuple[str | None, l
     fraction = _fraction(setup, "vllm")
     if ":" in kv_dtype:
         return None, [f"vLLM has no KV format {kv_dtype}"]
-    default = ENGINES["vllm"].default_num_seqs(setup.gpu, (setup.options.version or ()) if mine else CURRENT)
-    limit = request.max_num_seqs
-    if limit is None and users is not None and default is not None and users > default:
+    defaults = VersionRules((setup.options.version or CURRENT) if mine else CURRENT)
+    limit, tokens = request.max_num_seqs, request.max_num_batched_tokens
+    if limit is None and users is not None and users > defaults.default_num_seqs(setup.gpu):
         limit = users
+    if tokens is None and limit is not None and limit > defaults.default_batched_tokens(setup.gpu):
+        tokens = limit  # it refuses more requests than tokens of a step
     options = [
         ("--tensor-parallel-size", _above_one(request.tp_size)),
         ("--pipeline-parallel-size", _above_one(request.pp_size)),
@@ -135,7 +137,7 @@ def _vllm(setup: Setup, kv_dtype: str, users: int | None) -> tuple[str | None, l
         ("--enable-expert-parallel", True if setup.split.ep else None),
         ("--max-model-len", setup.max_model_len_tokens),
         ("--max-num-seqs", limit),
-        ("--max-num-batched-tokens", request.max_num_batched_tokens),
+        ("--max-num-batched-tokens", tokens),
         ("--kv-cache-dtype", AUTO if _is_auto(setup, "vllm", kv_dtype) else kv_dtype),
         ("--block-size", request.block_size_tokens),
         ("--no-enable-prefix-caching", None if request.enable_prefix_caching else True),

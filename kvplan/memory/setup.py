@@ -79,7 +79,8 @@ class Setup:
         """Requests one replica runs at once unless told; None where that was stated, or is not known."""
         if self.request.max_num_seqs is not None or self.gpu is None:
             return None
-        return self.engine.default_num_seqs(self.gpu, self.options.version or ())
+        default = self.engine.default_num_seqs(self.gpu, self.options.version or ())
+        return None if default is None else min(default, self.batched_tokens)
 
     @property
     def taken_for_granted(self) -> str | None:
@@ -140,7 +141,12 @@ def set_up(request: SizeRequest) -> Setup:
     batched = request.max_num_batched_tokens or (
         own(gpu, version, attention_dp) if own else rules.default_batched_tokens(gpu)
     )
-    num_seqs = request.max_num_seqs or rules.default_num_seqs(gpu)
+    if engine.name == "vllm" and (request.max_num_seqs or 0) > batched:
+        if request.max_num_batched_tokens is not None:
+            raise UnsupportedError(f"vLLM refuses --max-num-seqs {request.max_num_seqs:,} beyond "
+                                   f"--max-num-batched-tokens {batched:,}", hint="raise it, or leave it out")  # fmt: skip
+        batched = request.max_num_seqs or batched
+    num_seqs = request.max_num_seqs or min(rules.default_num_seqs(gpu), batched)
     context = request.context_tokens or request.max_model_len_tokens or model.max_context_tokens
     if context is None:
         raise InputError("no context given and the model names none", hint="add --ctx 32k")
@@ -178,14 +184,20 @@ def set_up(request: SizeRequest) -> Setup:
 
 
 def _with_limit_for_batch(setup: Setup) -> Setup:
-    """A batch beyond the engine's default limit that KV memory holds is planned with a limit of its own."""
+    """A batch beyond the engine's default limit that KV memory holds is planned with a limit of its own.
+
+    vLLM takes no more requests than tokens of a step (``config/scheduler.py`` ``verify_max_model_len``).
+    """
     default, batch = setup.default_num_seqs, setup.batch_per_replica
     if default is None or batch <= default:
         return setup
     available = budget_of(setup, weights_of(setup)).kv_bytes
     if available is None or cache_plan(setup).max_batch(available, setup.context_tokens) < batch:
         return setup
-    return replace(setup, options=replace(setup.options, max_num_seqs=batch))
+    batched = setup.request.max_num_batched_tokens or max(setup.batched_tokens, batch)
+    in_flight = VersionRules(setup.options.version or CURRENT).tokens_in_flight(batched, setup.request.pp_size)
+    options = replace(setup.options, max_num_seqs=batch, tokens_in_flight=in_flight)
+    return replace(setup, options=options, batched_tokens=batched)
 
 
 def _model_of(request: SizeRequest) -> tuple[ModelConfig, bool]:

@@ -309,6 +309,22 @@ def test_users_beyond_the_engines_default_are_launched_with_a_limit_of_their_own
     assert stated.load is not None and report.answers.now.tpot.value_s == pytest.approx(stated.load.tpot_s, rel=1e-5)
 
 
+def test_more_users_than_tokens_of_a_step_are_launched_with_as_many_tokens() -> None:
+    """vLLM refuses ``max_num_seqs`` beyond ``max_num_batched_tokens``, which an A100 has 2,048 of unless told."""
+    asked: dict[str, Any] = {
+        "model": "8b",
+        "gpu": "a100",
+        "context_tokens": 256,
+        "kv_cache_dtype": "int8_per_token_head",
+    }
+    line = launched("vllm", **asked, concurrency=3000)
+    assert " --max-num-seqs 3000 --max-num-batched-tokens 3000 " in line
+    assert "batched" not in launched("vllm", **asked, concurrency=2000)
+    plan = kvplan.size(**asked, batch_size=3000)
+    assert plan.fits and plan.request.max_num_batched_tokens == 3000
+    assert kvplan.size(**asked, max_num_batched_tokens=128).request.max_num_seqs == 128
+
+
 @pytest.mark.parametrize(("engine", "runs"), [("vllm", 1024), ("sglang", 4096), ("tensorrt-llm", None)])
 def test_a_headline_says_what_the_engine_runs_of_the_users_that_memory_holds(engine: str, runs: int | None) -> None:
     """SGLang's 512 × tokens / longest request are at most 4,096."""

@@ -22,6 +22,9 @@ from kvplan.model_config.types import ModelConfig
 from kvplan.units import format_gib
 
 FORMATS = frozenset({"bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2", "nvfp4", "fp8_ds_mla"})
+SPARSE_FORMATS = frozenset({"bfloat16", "fp8", "fp8_e4m3", "fp8_ds_mla"})
+"""Of sparse latent attention (``_dsa_kv_cache_dtype_default``)."""
+
 RULES = approximate.Rules("sglang", "0.5", 1, "sglang/srt/mem_cache/memory_pool.py", FORMATS)
 
 SLIDING_SHARE = 0.8
@@ -57,6 +60,7 @@ def plan_cache(model: ModelConfig, options: EngineOptions) -> CachePlan:
         states_per_request=_states(model, options, version),
         sparse_rows=_sparse_rows(model, options),
         replicates_index=True,
+        formats=SPARSE_FORMATS if {"mla", "indexer"} <= model.cache_kinds else FORMATS,
     )
     plan = approximate.plan_cache(rules, model, replace(options, kv_cache_dtype=_kv_dtype(model, options)))
     pools, split = _pools(plan, options)
