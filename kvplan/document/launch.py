@@ -127,7 +127,7 @@ def _vllm(setup: Setup, kv_dtype: str, users: int | None) -> tuple[str | None, l
     limit, tokens = request.max_num_seqs, request.max_num_batched_tokens
     if limit is None and users is not None and users > defaults.default_num_seqs(setup.gpu):
         limit = users
-    if tokens is None and limit is not None and limit > defaults.default_batched_tokens(setup.gpu):
+    if limit is not None and limit > (tokens or defaults.default_batched_tokens(setup.gpu)):
         tokens = limit  # it refuses more requests than tokens of a step
     options = [
         ("--tensor-parallel-size", _above_one(request.tp_size)),

@@ -190,7 +190,7 @@ def _plan_steps(served: Served, facts: DeploymentFacts, parameters: dict[str, fl
     times = step_times(parameters, served.step_features(per_rank, context))
     slope = np.asarray(slope_s_per_token(parameters, served.kv_slope_s(per_rank, context)))
     capacity = served.max_batch(context, per_rank)
-    limit = served.max_running if served.told and served.max_running is not None else np.inf
+    limit = served.setup.most_at_once or np.inf
     fits = [None] * len(points) if capacity is None else ((batch <= capacity) & (per_rank <= limit)).tolist()
     bound = _bound_s(served, parameters, per_rank, context).tolist()
     interval = point_intervals(served, per_rank * served.deployment.attention_dp_size, context)

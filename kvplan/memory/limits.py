@@ -42,4 +42,4 @@ def most_held(setup: Setup, plan: CachePlan, available_bytes: int, context_token
     while low < most:
         middle = (low + most + 1) // 2
         low, most = (middle, most) if held_with(middle) >= middle else (low, middle - 1)
-    return low
+    return setup.at_once(low)

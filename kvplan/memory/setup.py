@@ -114,9 +114,15 @@ class Setup:
         """Whether the scheduler, as it was told, lets the whole batch run at once."""
         return self.at_once(self.batch_per_replica) == self.batch_per_replica
 
+    @property
+    def most_at_once(self) -> int | None:
+        """Requests one replica runs at once by what was stated: of vLLM no more than the tokens of a step, too."""
+        tokens = self.request.max_num_batched_tokens if self.engine.name == "vllm" else None
+        return min((limit for limit in (self.request.max_num_seqs, tokens) if limit is not None), default=None)
+
     def at_once(self, held: int) -> int:
-        """Of requests that one replica holds, those that a stated ``max_num_seqs`` lets run at once."""
-        return min(held, self.request.max_num_seqs or held)
+        """Of requests that one replica holds, those that run at once by what was stated."""
+        return min(held, self.most_at_once or held)
 
 
 def set_up(request: SizeRequest) -> Setup:
@@ -141,11 +147,12 @@ def set_up(request: SizeRequest) -> Setup:
     batched = request.max_num_batched_tokens or (
         own(gpu, version, attention_dp) if own else rules.default_batched_tokens(gpu)
     )
-    if engine.name == "vllm" and (request.max_num_seqs or 0) > batched:
-        if request.max_num_batched_tokens is not None:
-            raise UnsupportedError(f"vLLM refuses --max-num-seqs {request.max_num_seqs:,} beyond "
-                                   f"--max-num-batched-tokens {batched:,}", hint="raise it, or leave it out")  # fmt: skip
-        batched = request.max_num_seqs or batched
+    if engine.name == "vllm":
+        wanted = max(request.max_num_seqs or 0, ceil_div(request.batch_size or 0, request.dp_size))
+        if wanted > batched and request.max_num_batched_tokens is not None:
+            why = f"vLLM refuses --max-num-seqs {wanted:,} beyond --max-num-batched-tokens {batched:,}"
+            raise UnsupportedError(why, hint="raise the latter, or leave it out")
+        batched = max(batched, request.max_num_seqs or 0)
     num_seqs = request.max_num_seqs or min(rules.default_num_seqs(gpu), batched)
     context = request.context_tokens or request.max_model_len_tokens or model.max_context_tokens
     if context is None:
