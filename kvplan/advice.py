@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from math import ceil, floor
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvplan.dtypes import kv_format
 from kvplan.errors import KvplanError
@@ -309,16 +309,28 @@ def _pool_split(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[Adv
     """Shares of SGLang's pools as requests of this length would have them."""
     found = better_split(setup, plan, answer.memory.kv_cache_bytes or 0)
     if found is not None:
-        flag, gain = found
         yield Advice(
-            code="pool_split", gain=gain,
+            code="pool_split", gain=found.gain,
             message=f"requests of {format_tokens(setup.context_tokens)} tokens fill one pool and leave room in "
-            f"another: {flag} wins {format_ratio(gain)} capacity, with less kept of other prefixes",
+            f"another: {found.flag} wins {format_ratio(found.gain)} capacity, with less kept of other prefixes",
         )  # fmt: skip
 
 
-def better_split(setup: Setup, plan: CachePlan, kv_bytes: int) -> tuple[str, float] | None:
-    """(option, gain in requests) of a share of windows or states that fits the context; None where little is won."""
+class Split(NamedTuple):
+    """A field of the request that shares memory out to pools, what it would be, and the gain in requests."""
+
+    field: str
+    ratio: float
+    gain: float
+
+    @property
+    def flag(self) -> str:
+        """The option that sets it."""
+        return f"--{self.field.replace('_', '-')} {self.ratio:g}"
+
+
+def better_split(setup: Setup, plan: CachePlan, kv_bytes: int) -> Split | None:
+    """The share of windows or states that fits the context; None where little is won."""
     context, needs = setup.context_tokens, plan.pool_needs(setup.context_tokens)
     if kv_bytes <= 0 or len(needs) != 2 or not needs.get("tokens") or setup.counts_states:
         return None
@@ -333,7 +345,7 @@ def better_split(setup: Setup, plan: CachePlan, kv_bytes: int) -> tuple[str, flo
     change: dict[str, Any] = {name: ratio}
     other = cache_plan(replace(setup, options=replace(setup.options, **change)))
     now, then = (_held(each, kv_bytes, context) for each in (plan, other))
-    return (f"--{name.replace('_', '-')} {ratio:g}", then / now) if now and then >= now * WORTH_SAYING else None
+    return Split(name, ratio, then / now) if now and then >= now * WORTH_SAYING else None
 
 
 def _held(plan: CachePlan, kv_bytes: int, context_tokens: int) -> float:

@@ -108,3 +108,49 @@ def test_a_pool_of_windows_is_not_advised_beyond_all_tokens() -> None:
     then = kvplan.size(model="gemma-4-26b-a4b", gpu="mi325x", tp_size=8, engine="sglang", context_tokens=1000, **asked)
     now, most = plan.answers.max_batch_at_context, then.answers.max_batch_at_context
     assert now and most and said.gain == pytest.approx(most / now, rel=0.01)
+
+
+def _won(asked: dict[str, Any], fix: str) -> dict[str, Any]:
+    """The fields that a remedy of the waste ledger sets."""
+    if fix == "--no-enable-prefix-caching":
+        return {"enable_prefix_caching": False}
+    names = {"gpu_memory_utilization": "gpu_memory_utilization", "mem_fraction_static": "gpu_memory_utilization",
+             "block_size": "block_size_tokens", "dp": "dp_size", "tp": "tp_size", "dcp": "dcp_size"}  # fmt: skip
+    found = {}
+    for flag, value in re.findall(r"--([a-z-]+) ([\d.]+)", fix):
+        name = flag.replace("-", "_")
+        found[names.get(name, name)] = float(value) if "." in value or "ratio" in flag else int(value)
+    return found
+
+
+def test_what_the_waste_ledger_says_is_won_is_won() -> None:
+    source, models = random.Random(2), list(names("models"))
+    tried: Counter[str] = Counter()
+    for _ in range(150):
+        asked = _asked(source, models)
+        try:
+            report = kvplan.report(**asked)
+        except KvplanError:
+            continue
+        asked["kv_cache_dtype"] = report.deployment.kv_cache_dtype  # one that is refused is not that asked for
+        for waste in report.waste:
+            longest = re.search(r"may go up to ([\d,]+) tokens", waste.fix or "")
+            if longest is not None:
+                users = min(asked["batch_size"], report.answers.max_users)
+                grown = asked | {"context_tokens": _number(longest[1]), "batch_size": users}
+                grown.pop("max_model_len_tokens", None)
+                assert kvplan.size(**grown).verdict is True, (asked, waste)
+            elif waste.fix is not None and waste.wins_users is not None and not waste.fix.startswith("room"):
+                then = kvplan.size(**asked | _won(asked, waste.fix)).answers.max_batch_at_context or 0
+                assert then - report.answers.max_users == waste.wins_users, (asked, waste)
+            tried[waste.name] += waste.fix is not None
+    assert {"unused", "reserve", "rounding", "replicated", "pool_split"} <= set(tried)
+
+
+def test_longer_requests_that_leave_sglang_less_memory_on_amd_are_counted_with_it() -> None:
+    """From 8,193 tokens a request on, aiter keeps a part of the fraction: 64 requests of 1k may not grow to 38k."""
+    asked: dict[str, Any] = {"model": "qwen3-235b-a22b", "gpu": "mi300x", "tp_size": 8, "engine": "sglang",
+                             "batch_size": 64}  # fmt: skip
+    longest = kvplan.size(**asked, context_tokens=1000).answers.max_context_at_batch_tokens
+    assert longest is not None and longest > 8192
+    assert kvplan.size(**asked, context_tokens=longest).fits and not kvplan.size(**asked, context_tokens=38_557).fits

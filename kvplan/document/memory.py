@@ -11,7 +11,7 @@ from kvplan.document.plans import Plans
 from kvplan.errors import KvplanError
 from kvplan.memory.cache_plan import CachePlan
 from kvplan.memory.ledger import LABELS, waste_ledger
-from kvplan.memory.limits import most_held
+from kvplan.memory.limits import longest_held, most_held
 from kvplan.memory.request import Source
 from kvplan.memory.setup import Setup, budget_of, cache_plan, set_up, weights_of
 from kvplan.units import format_count, format_tokens
@@ -135,12 +135,8 @@ def _line(plans: Plans, now: Holds, line: tuple[str, str, int]) -> Waste:
     share = size / (plans.size.memory.total_bytes or 1)
     if name == "unused":
         return _unused(plans, size, share)
-    if name == "pool_split" and (split := better_split(plans.setup, plans.cache, plans.room_bytes)) is not None:
-        users = int(now.fractional / plans.setup.num_replicas * split[1]) * plans.setup.num_replicas
-        return Waste(name=name, label=label, bytes=size, share=share, fix=split[0], note=REASONS[name],
-                     wins_users=max(users - now.users, 0), wins_capacity=split[1] - 1)  # fmt: skip
     best: tuple[Holds, str] | None = None
-    for remedy in _remedies(plans.setup, plans.cache, name):
+    for remedy in _remedies(plans, name):
         then = _holds_with(plans.setup, remedy.edits)
         if then is not None and then.fractional > now.fractional * WORTH and (best is None or then > best[0]):
             best = (then, remedy.words)
@@ -163,16 +159,18 @@ def _unused(plans: Plans, size: int, share: float) -> Waste:
         fix = f"room for {format_count(more * setup.num_replicas, 'more user')}"
         return Waste(name="unused", label="free blocks", bytes=size, share=share, fix=fix, 
                      note="headroom, not loss: more users fill it")  # fmt: skip
-    limit = max(setup.model.max_context_tokens or 0, setup.max_model_len_tokens)
-    longest = cache.max_context(available, users, limit) if users else None
+    longest = longest_held(setup, cache, available, users) if users else None
     grows = longest is not None and longest > setup.context_tokens
     room = f"the same users may go up to {format_tokens(longest)} tokens" if grows else None
     return Waste(name="unused", label=label, bytes=size, share=share, fix=room, 
                  note=REASONS["unused"])  # fmt: skip
 
 
-def _remedies(setup: Setup, cache: CachePlan, name: str) -> list[Remedy]:
-    request = setup.request
+def _remedies(plans: Plans, name: str) -> list[Remedy]:
+    setup, cache, request = plans.setup, plans.cache, plans.setup.request
+    if name == "pool_split":
+        split = better_split(setup, cache, plans.room_bytes)
+        return [] if split is None else [Remedy(split.flag, {split.field: split.ratio})]
     if name == "replicated":
         copies = min((run.page.num_copies for g in cache.groups for run in g.runs if run.page.kind != "state"),
                      default=1) // cache.dcp_size  # fmt: skip

@@ -13,7 +13,7 @@ from kvplan.latency.kv import attention_calibration, is_latent
 from kvplan.latency.lines import ItlLine, make_line
 from kvplan.memory.cache_plan import CachePlan
 from kvplan.memory.engines import ENGINES
-from kvplan.memory.limits import kv_bytes_for
+from kvplan.memory.limits import longest_held
 from kvplan.memory.plan import FormatRow
 from kvplan.memory.request import FIELDS
 from kvplan.memory.setup import Setup, cache_plan
@@ -54,7 +54,6 @@ def formats_of(question: Question, setup: Setup, cache: CachePlan, available_byt
     chosen = cache.kv_cache_dtype
     rows = compare_formats(setup, _names(question, setup, chosen), available_bytes)
     users = setup.request.batch_size or 1
-    limit = max(setup.model.max_context_tokens or 0, setup.max_model_len_tokens)
     found = []
     for row in rows:
         name = row.kv_cache_dtype
@@ -64,9 +63,7 @@ def formats_of(question: Question, setup: Setup, cache: CachePlan, available_byt
         plan = cache_plan(with_format(setup, name))
         line, problem = _line(question, setup, name, contexts, users)
         each = ceil_div(users, setup.num_replicas)
-        longest = (
-            plan.max_context(kv_bytes_for(setup, each, available_bytes), each, limit) if setup.runs_at_once else None
-        )
+        longest = longest_held(setup, plan, available_bytes, each) if setup.runs_at_once else None
         found.append(Format(name, name == chosen, row, plan, line, problem, longest))
     return found
 

@@ -10,7 +10,7 @@ from kvplan.document.question import Question
 from kvplan.latency.plan import ItlPlan
 from kvplan.latency.planner import plan_points
 from kvplan.latency.request import Point
-from kvplan.memory.limits import kv_bytes_for, most_held
+from kvplan.memory.limits import longest_held, most_held
 from kvplan.memory.setup import Setup
 from kvplan.units import ceil_div
 
@@ -65,10 +65,8 @@ def _surface(fmt: Format, setup: Setup, available: int, users: list[int], contex
     plan, line = fmt.plan, fmt.line
     assert plan is not None
     replicas = setup.num_replicas
-    longest = max(setup.model.max_context_tokens or 0, setup.max_model_len_tokens)
     each = [ceil_div(count, replicas) for count in users]
-    limits = [plan.max_context(kv_bytes_for(setup, n, available), n, longest) if setup.at_once(n) == n else None
-              for n in each]  # fmt: skip
+    limits = [longest_held(setup, plan, available, n) if setup.at_once(n) == n else None for n in each]
     held = [most_held(setup, plan, available, context) * replicas for context in contexts]
     needed = [plan.bytes_per_request(context) for context in contexts]
     common = {

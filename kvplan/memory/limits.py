@@ -1,11 +1,11 @@
-"""How many requests one replica holds, where a limit beyond the engine's default takes memory of its own."""
+"""How many requests one replica holds, and how long, where limits beyond the plan take memory of their own."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 from kvplan.memory.cache_plan import CachePlan
-from kvplan.memory.setup import Setup, budget_of
+from kvplan.memory.setup import Setup, budget_of, weights_of
 
 
 def kv_bytes_for(setup: Setup, num_requests: int, available_bytes: int) -> int:
@@ -27,9 +27,32 @@ def _activation_bytes(setup: Setup, max_num_seqs: int) -> int:
     return budget_of(other, None).activation.value_bytes or 0
 
 
+def kv_bytes_at(setup: Setup, longest_tokens: int, available_bytes: int) -> int:
+    """KV bytes of a GPU once requests may be so long, of engines that then keep less (SGLang on AMD)."""
+    if longest_tokens <= setup.max_model_len_tokens or setup.request.kv_cache_memory_bytes is not None:
+        return available_bytes
+    options = replace(setup.options, longest_tokens=longest_tokens)
+    if setup.engine.kept_share(setup.model, options) == setup.engine.kept_share(setup.model, setup.options):
+        return available_bytes
+    weights = weights_of(setup)
+    now, then = (budget_of(each, weights).kv_bytes or 0 for each in (setup, replace(setup, options=options)))
+    return available_bytes + then - now
+
+
+def longest_held(setup: Setup, plan: CachePlan, available_bytes: int, num_requests: int) -> int | None:
+    """The longest context that ``num_requests`` of one replica hold at once, up to the model's; None when none."""
+    limit = max(setup.model.max_context_tokens or 0, setup.max_model_len_tokens)
+    room = kv_bytes_for(setup, num_requests, available_bytes)
+    found = plan.max_context(room, num_requests, limit)
+    if found is None or (left := kv_bytes_at(setup, found, room)) == room:
+        return found
+    return max(plan.max_context(left, num_requests, limit) or 0, setup.max_model_len_tokens)
+
+
 def most_held(setup: Setup, plan: CachePlan, available_bytes: int, context_tokens: int | None = None) -> int:
     """Requests of ``context_tokens`` (the plan's) that one replica holds, told to run as many, as far as it may be."""
     context = context_tokens or setup.context_tokens
+    available_bytes = kv_bytes_at(setup, context, available_bytes)
 
     def held_with(limit: int) -> int:
         return plan.max_batch(kv_bytes_for(setup, limit, available_bytes), context)

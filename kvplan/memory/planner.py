@@ -8,7 +8,7 @@ from dataclasses import replace
 from kvplan.errors import ConfigError
 from kvplan.memory.budget import Budget
 from kvplan.memory.cache_plan import CachePlan
-from kvplan.memory.limits import kv_bytes_for, most_held
+from kvplan.memory.limits import longest_held, most_held
 from kvplan.memory.pages import Group
 from kvplan.memory.plan import Answers, CacheGroup, KvCache, Memory, ModelFacts, Rule, SizePlan, TermSource
 from kvplan.memory.request import SizeRequest, Source
@@ -187,15 +187,13 @@ def answers_of(setup: Setup, plan: CachePlan, available: int | None) -> Answers:
     needed = per_request * setup.batch_per_replica
     ranks = range(len(plan.rank_groups))
     everywhere = sum(plan.rank_bytes_per_request(rank, setup.context_tokens) for rank in ranks)
-    limit = max(setup.model.max_context_tokens or 0, setup.max_model_len_tokens)
     short = None
     max_batch = max_context = None
     if available is not None:
         short = max(plan.bytes_to_hold(setup.batch_per_replica, setup.context_tokens) - max(available, 0), 0)
         max_batch = most_held(setup, plan, available) * request.dp_size
         if setup.runs_at_once:
-            room = kv_bytes_for(setup, setup.batch_per_replica, available)
-            max_context = plan.max_context(room, setup.batch_per_replica, limit)
+            max_context = longest_held(setup, plan, available, setup.batch_per_replica)
     running = request.max_num_seqs or setup.default_num_seqs
     source: Source = "given" if request.max_num_seqs is not None else "exact"
     if (derived := _derived_limit(setup, plan, available)) is not None:
