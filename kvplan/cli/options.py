@@ -153,7 +153,8 @@ MaxNumBatchedTokens = Annotated[
     str | None,
     typer.Option(
         "--max-num-batched-tokens",
-        help="Tokens a step, SGLang's chunked prefill; windows of vLLM reserve as many in flight.",
+        help="Tokens a step of each replica, SGLang's chunked prefill (which its ranks of attention share); windows of "
+        "vLLM reserve as many in flight.",
         rich_help_panel=ENGINE,
     ),
 ]

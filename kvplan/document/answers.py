@@ -22,7 +22,7 @@ def deployment_of(plans: Plans) -> Deployment:
         gpu=plans.gpu.name,
         gpu_name=plans.gpu.display_name,
         num_gpus=plans.size.answers.num_gpus,
-        layout=request.layout or "TP 1",
+        layout=plans.size.request.layout or "TP 1",
         engine=plans.setup.engine.name,
         engine_version=plans.cache.version,
         rules="exact" if plans.cache.exact else "approximation",

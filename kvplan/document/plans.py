@@ -83,7 +83,7 @@ def make_plans(options: Mapping[str, Any]) -> Plans:
     if plan.memory.kv_cache_bytes is None or setup.gpu is None:
         raise InputError("the memory of this GPU is unknown", hint="add --gpu-memory 80GiB")
     if question.calibration is not None:  # an unusable file is an error, not a precision without times
-        heads = latent_heads(setup.model, setup.request.tp_size)
+        heads = latent_heads(setup.model, setup.request.tp_size, setup.request.dcp_size)
         given_calibration(question.calibration, setup.gpu.name, setup.engine.name, is_latent(setup.model), heads)
     run = None if question.measured is None else read_run(question.measured, setup.gpu.name)
     cache = cache_plan(setup)

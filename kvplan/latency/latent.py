@@ -32,14 +32,17 @@ class LatentSpeed(NamedTuple):
     source: str | None
 
 
-def latent_heads(model: ModelConfig, attention_tp_size: int) -> int | None:
-    """Query heads of a rank where every layer that reads the context is plain latent attention; else None."""
+def latent_heads(model: ModelConfig, attention_tp_size: int, dcp_size: int = 1) -> int | None:
+    """Query heads of a rank where every layer that reads the context is plain latent attention; else None.
+
+    Ranks that split the context have each other's heads too.
+    """
     if not model.cache_kinds <= {"mla"}:
         return None
     heads = max(
         (c.num_q_heads for layer in model.layers for c in layer.caches if isinstance(c, LatentCache)), default=0
     )
-    return max(heads // attention_tp_size, 1) if heads else None
+    return max(heads * dcp_size // attention_tp_size, 1) if heads else None
 
 
 def latent_bytes_ratio(model: ModelConfig, row_bytes: int) -> float:

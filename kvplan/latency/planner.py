@@ -144,7 +144,8 @@ def _latent_kv_stream(served: Served) -> float | None:
 
 def _given_latent(served: Served) -> LatentCalibration | None:
     """The calibration of latent attention that was given."""
-    heads, path = latent_heads(served.model, served.deployment.attention_tp_size), served.request.calibration
+    heads = latent_heads(served.model, served.deployment.attention_tp_size, served.plan.dcp_size)
+    path = served.request.calibration
     if heads is None or path is None:
         return None
     return latent_calibration(served.gpu.name, served.setup.engine.name, heads, path)
@@ -159,6 +160,7 @@ def collective_latency_s(served: Served) -> float:
 def facts_of(served: Served) -> DeploymentFacts:
     """What every point of the deployment shares."""
     source, detail = serving_calibration().status(served.traits)
+    dcp = served.plan.dcp_size
     kernel: AttentionCalibration | LatentCalibration | None = _given_latent(served)
     if not is_latent(served.model) and _kv_is_the_kernels(served):
         kernel = attention_calibration(served.gpu.name, served.setup.engine.name, served.request.calibration)
@@ -166,7 +168,7 @@ def facts_of(served: Served) -> DeploymentFacts:
     return DeploymentFacts(
         request=served.request.as_dict(),
         num_gpus=served.deployment.num_gpus,
-        describe=served.deployment.describe(),
+        describe=", ".join([served.deployment.describe(), *([f"DCP {dcp}"] if dcp > 1 else [])]),
         source=source,
         source_detail=detail,
         notes=served.notes,

@@ -244,10 +244,12 @@ def serve(request: ItlRequest) -> Served:
     setup = set_up(resolved)
     plan = cache_plan(setup)
     notes += plan.warnings
+    if plan.dcp_size > 1:
+        notes.append("what ranks of --dcp exchange of their shares of attention is not in the times")
     traffic = make_traffic(model, plan, deployment, dtype)
     assert setup.gpu is not None
     stored = plan.kv_cache_dtype
-    heads = latent_heads(model, deployment.attention_tp_size)
+    heads = latent_heads(model, deployment.attention_tp_size, plan.dcp_size)
     speed = kv_speed(setup.gpu.name, engine, stored, is_latent(model), request.calibration, heads,
                      latent_bytes_ratio(model, traffic.kv[0].bytes_per_state))  # fmt: skip
     if request.calibration is not None or not is_latent(model):

@@ -36,7 +36,7 @@ class SizeRequest:
         weight_dtype: how weights are stored; None follows the checkpoint.
         block_size_tokens: tokens a block covers; None is the backend's default.
         max_model_len_tokens: longest request; None is ``context_tokens``, else the model's.
-        max_num_seqs, max_num_batched_tokens: the engine's limits of a step; None is its default.
+        max_num_seqs, max_num_batched_tokens: the engine's limits of a step, of one replica; None is its default.
         gpu_memory_utilization: the engine's memory fraction; None is its default.
         swa_full_tokens_ratio, mamba_full_memory_ratio: SGLang's tokens of windows over tokens, and bytes of states over
             bytes of tokens; None is its default.

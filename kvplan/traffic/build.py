@@ -195,7 +195,7 @@ def _kv_reads(
                 tokens_per_state=page.tokens_per_state * plan.dcp_size,
                 limit_states=limit,
                 constant_bytes=2 * page.state_bytes if states else 0,
-                flops_per_state=flops.get(page.kind, 0.0) / deployment.attention_tp_size,
+                flops_per_state=flops.get(page.kind, 0.0) * plan.dcp_size / deployment.attention_tp_size,
             )
         )
     return tuple(found)

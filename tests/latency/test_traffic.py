@@ -71,6 +71,16 @@ def test_index_keys_and_states_cost_the_same_whatever_the_kv_format() -> None:
     assert float(hybrid.step_features(batch, np.array([0.0])).kv_s[0]) == pytest.approx(states / 4.8e12)
 
 
+def test_ranks_that_split_the_context_multiply_all_their_heads_with_their_share() -> None:
+    # DeepSeek V3 on 8 GPUs: an eighth of the latents each, with 128 heads in place of 16
+    whole, split = (served(model="deepseek-v3", tp_size=8, dcp_size=dcp) for dcp in (1, 8))
+    context = np.array([65_536.0])
+    assert float(split.traffic.kv_read_bytes(context)[0]) == float(whole.traffic.kv_read_bytes(context)[0]) / 8
+    assert float(split.traffic.kv_flops(context)[0]) == pytest.approx(float(whole.traffic.kv_flops(context)[0]))
+    assert split.kv_speed == served(model="deepseek-v3").kv_speed
+    assert split.kv_speed.slowdown > whole.kv_speed.slowdown == 1
+
+
 def test_rows_with_scales_cost_their_bytes_of_the_stream_and_the_same_products() -> None:
     """656 bytes of DeepSeek's latent in place of 576: 14% more to stream, and none more to multiply."""
     plain, scaled = (served(model="deepseek-v3", tp_size=8, engine="generic", kv_cache_dtype=dtype)
