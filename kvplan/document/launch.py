@@ -18,7 +18,8 @@ from kvplan.dtypes import AUTO, kv_format
 from kvplan.errors import KvplanError
 from kvplan.memory.cache_plan import CachePlan
 from kvplan.memory.engines import ENGINES
-from kvplan.memory.engines.sglang_memory import rules_version
+from kvplan.memory.engines.sglang import page_tokens
+from kvplan.memory.engines.sglang_memory import default_batched_tokens, rules_version
 from kvplan.memory.engines.tensorrt_llm import ELSEWHERE
 from kvplan.memory.engines.vllm_versions import CURRENT, VersionRules
 from kvplan.memory.setup import Setup
@@ -160,11 +161,8 @@ def _sglang(setup: Setup, kv_dtype: str, users: int | None) -> tuple[str | None,
     fraction, chunk = _fraction(setup, "sglang"), request.max_num_batched_tokens
     if fraction < LEAST_FRACTION and chunk is not None and not mine:
         return None, [f"no launch line: a chunked prefill of {chunk:,} tokens leaves SGLang no memory on this GPU"]
-    ranks, limit, copies = (
-        _attention_dp(setup),
-        request.max_num_seqs or users,
-        redundant_experts(setup.model, setup.split),
-    )
+    ranks, limit = _attention_dp(setup), request.max_num_seqs or users
+    copies = redundant_experts(setup.model, setup.split)
     renamed = version >= SGLANG_ATTN_DP_SINCE and ranks > 1
     options = [
         ("--tp-size", _above_one(request.tp_size * ranks)),
@@ -178,7 +176,7 @@ def _sglang(setup: Setup, kv_dtype: str, users: int | None) -> tuple[str | None,
         ("--max-running-requests", limit and limit * ranks),  # ranks of attention share both, replicas have them each
         ("--kv-cache-dtype", AUTO if _is_auto(setup, "sglang", kv_dtype) else SGLANG_KV[kv_dtype]),
         ("--page-size", request.block_size_tokens),
-        ("--chunked-prefill-size", chunk and chunk * ranks),
+        ("--chunked-prefill-size", _whole_chunk(setup, version, ranks)),
         ("--swa-full-tokens-ratio", request.swa_full_tokens_ratio),
         ("--mamba-full-memory-ratio", request.mamba_full_memory_ratio),
         ("--disable-radix-cache", None if request.enable_prefix_caching else True),
@@ -190,6 +188,16 @@ def _sglang(setup: Setup, kv_dtype: str, users: int | None) -> tuple[str | None,
     if request.dcp_size > 1:
         notes.append("which attention kernels take --dcp-size was not read")
     return _command(["python", "-m", "sglang.launch_server", "--model-path", model_reference(setup)], options), notes
+
+
+def _whole_chunk(setup: Setup, version: tuple[int, ...], ranks: int) -> int | None:
+    """``--chunked-prefill-size``, of which each rank's share must be whole pages; None where the default is."""
+    stated = setup.request.max_num_batched_tokens
+    each = stated or default_batched_tokens(setup.gpu, version, ranks)
+    page = setup.request.block_size_tokens or page_tokens(setup.model, setup.options)
+    if stated is None and each % page == 0:
+        return None
+    return max(each // page, 1) * page * ranks
 
 
 def _copies_note(setup: Setup, copies: int) -> str:

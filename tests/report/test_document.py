@@ -485,6 +485,14 @@ def test_ranks_of_sglangs_attention_are_launched_with_the_chunk_of_all_of_them()
     assert stated.replace(" --chunked-prefill-size 8192", "") == launched("sglang", **asked)
 
 
+def test_a_chunk_of_sglang_is_whole_pages_on_every_rank() -> None:
+    """``validation_hook.py`` asserts it; sparse latents have pages of 64, and 8,192 // 3 = 2,730 is no multiple."""
+    asked: dict[str, Any] = {"model": "deepseek-v3.2", "gpu": "h200", "tp_size": 8, "ep": True, "engine": "sglang"}
+    assert f" --chunked-prefill-size {3 * (2730 // 64 * 64)} " in launched("sglang", **asked, dp_size=3)
+    assert " --chunked-prefill-size 960 " in launched("sglang", **asked, max_num_batched_tokens=1000)
+    assert "chunked" not in launched("sglang", **asked, dp_size=4)
+
+
 @pytest.mark.parametrize("engine", ["sglang", "tensorrt-llm"])
 def test_a_model_without_experts_is_launched_without_expert_parallelism(engine: str) -> None:
     """It changes nothing in the plan, which says so; vLLM's command line refuses it."""
