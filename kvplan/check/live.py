@@ -1,4 +1,4 @@
-"""A running server to facts: ``/metrics`` once or twice, ``/v1/models``, ``/version`` or ``/get_server_info``."""
+"""A running server to facts: ``/metrics`` once or twice, ``/v1/models``, ``/version`` or ``/server_info``."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ async def _read(url: str, access: Access, seconds: float) -> ServerReport:
             await asyncio.sleep(seconds)
             last = read_scrape(await server.text("/metrics"), f"{source}/metrics")
         models = (await server.json_object("/v1/models")).get("data")
-        about = await server.json_object("/version" if last.engine == "vllm" else "/get_server_info")
+        about = await server.json_object("/version" if last.engine == "vllm" else "/server_info")
+        if not about and last.engine == "sglang":  # before 0.5.12
+            about = await server.json_object("/get_server_info")
     entries = [entry for entry in models if isinstance(entry, dict)] if isinstance(models, list) else []
     return report_of(source, last, first if seconds > 0 else None, entries, about)

@@ -130,7 +130,7 @@ def report_of(source: str, last: Scrape, first: Scrape | None, models: Iterable[
         last: the latest scrape.
         first: an earlier scrape; latency and load are then those of the time between, else since the start.
         models: the entries of ``/v1/models``.
-        about: what vLLM says at ``/version``, SGLang at ``/get_server_info``: its version, SGLang's settings too.
+        about: what vLLM says at ``/version``, SGLang at ``/server_info``: its version, SGLang's settings too.
 
     """
     facts = dict(last.facts)

@@ -152,6 +152,9 @@ def test_sglang_reports_tokens_and_page_size() -> None:
     assert (result.plan.request.tp_size, result.plan.request.gpu_memory_utilization) == (1, 0.9)
     assert (result.plan.request.dp_size, result.plan.request.enable_prefix_caching) == (2, False)
     assert result.report.value("engine_version") == "0.5.3"
+    newer = info.replace(b'"dp_size": 2', b'"dp_size": 1, "attn_dp_size": 2')
+    renamed = check({"/metrics": Answer(text), "/server_info": Answer(newer, content_type="application/json")})
+    assert renamed.plan.request == result.plan.request
 
 
 @pytest.mark.parametrize("path", ["", "/metrics", "/v1", "/v1/models"])
