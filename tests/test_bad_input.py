@@ -152,7 +152,9 @@ def test_what_an_engine_does_not_start_with_is_refused(kvplan_cli: Cli) -> None:
     assert "sglang has no KV-cache dtype fp8_e5m2 (it takes bfloat16, fp8, fp8_ds_mla, fp8_e4m3)" in line
     amd = ["--model", "8b", "--gpu", "mi300x", "--ctx", "8k"]
     line = assert_one_line(kvplan_cli("size", *amd, "--engine", "tensorrt-llm"))
-    assert "TensorRT-LLM: it runs on NVIDIA GPUs only, not on AMD Instinct MI300X" in line
+    assert "TensorRT-LLM: it runs on NVIDIA GPUs only (--engine vllm or sglang)" in line
+    fewest = kvplan_cli("size", "--model", "8b", "--ctx", "8k", "--engine", "tensorrt-llm").out
+    assert "it runs on NVIDIA GPUs only: mi300x, mi325x, mi355x" in fewest
     report = kvplan_cli("report", *amd)
     assert report.code == 0 and "no launch line: it runs on NVIDIA GPUs only" in report.out
     assert "trtllm-serve" not in report.out

@@ -59,9 +59,9 @@ def read(path: Path) -> Mapping[str, Any]:
     except OSError as error:
         raise ProfileError(f"{path}: cannot be read ({error.strerror or type(error).__name__})") from error
     except (ValueError, RecursionError) as error:
-        raise ProfileError(f"{path}: not JSON", hint="a calibration is written by `kvplan calibrate`") from error
+        raise ProfileError(f"{path}: not JSON", hint="remove it, or write it anew with `kvplan calibrate`") from error
     if not isinstance(data, dict):
-        raise ProfileError(f"{path}: not a JSON object", hint="a calibration is written by `kvplan calibrate`")
+        raise ProfileError(f"{path}: not a JSON object", hint="remove it, or write it anew with `kvplan calibrate`")
     return data
 
 

@@ -69,6 +69,7 @@ class StepLine:
     r_squared: float
     slope_ratio: float | None
     floor: float
+    num_points: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +172,6 @@ def step_lines(rows: Sequence[StepRow], families: Sequence[Family]) -> list[Step
         floor = family.bytes_per_token / Family(family.shape, "bfloat16").bytes_per_token
         found.append(
             StepLine(family.kv_dtype, rows[0].batch_size, intercept, slope, 1 - left / spread if spread else 1.0,
-                     slope / base if base and base > 0 else None, floor)
+                     slope / base if base and base > 0 else None, floor, len(points))
         )  # fmt: skip
     return found

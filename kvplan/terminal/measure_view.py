@@ -139,8 +139,11 @@ def _steps(console: Console, steps: StepReport) -> None:
         ratio = ""
         if line.slope_ratio is not None and line.floor != 1:
             ratio = f"; slope {format_ratio(line.slope_ratio, 3)} bf16's, floor {format_ratio(line.floor, 3)}"
-        law = f"{_signed(line.intercept_s)} + {_signed(1024 * line.slope_s_per_token)} per 1k tokens of context"
-        _line(console, f"{line.kv_dtype}: {law}, R² {line.r_squared:.5f}{ratio}")
+        sign = "+" if line.slope_s_per_token >= 0 else "−"
+        per_1k = format_seconds(abs(1024 * line.slope_s_per_token))
+        fit = f", R² {line.r_squared:.5f}" if line.num_points > 2 else ""  # two points are always on a line
+        law = f"{_signed(line.intercept_s)} {sign} {per_1k} per 1k tokens of context{fit}"
+        _line(console, f"{line.kv_dtype}: {law}{ratio}")
     if steps.source is not None:
         _line(console, f"predicted: {steps.source}")
 

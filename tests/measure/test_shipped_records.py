@@ -83,7 +83,7 @@ def test_a_whole_step_is_linear_in_context_and_fp8_halves_its_slope() -> None:
 
     families = [Family(Shape(32, 8, 128), name) for name in ("bfloat16", "fp8")]
     lines = step_lines(step_rows(shipped.shipped_steps(), families, None), families)
-    assert all(line.r_squared >= 0.999 for line in lines)
+    assert all(line.r_squared >= 0.999 and line.num_points > 2 for line in lines)
     assert lines[1].slope_ratio is not None
     assert 0.5 <= lines[1].slope_ratio <= 0.53
 

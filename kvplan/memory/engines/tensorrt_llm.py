@@ -34,6 +34,5 @@ def plan_cache(model: ModelConfig, options: EngineOptions) -> CachePlan:
 
     """
     if options.gpu is not None and options.gpu.vendor == "amd":
-        raise UnsupportedError(f"TensorRT-LLM: {ELSEWHERE}, not on {options.gpu.display_name}",
-                               hint="--engine vllm or sglang")  # fmt: skip
+        raise UnsupportedError(f"TensorRT-LLM: {ELSEWHERE}", hint="--engine vllm or sglang")
     return approximate.plan_cache(RULES, model, options)
