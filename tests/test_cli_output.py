@@ -99,3 +99,16 @@ def test_a_sweep_as_json_keeps_refused_combinations_apart(kvplan_cli: Cli) -> No
     ran = kvplan_cli(*["size", "--model", "70b", "--gpu", "h100", "--tp", "2,3,4", "--ctx", "4k", "--json"])
     assert [plan["request"]["tp_size"] for plan in ran.json["plans"]] == [2, 4]
     assert ran.json["errors"][0]["request"] == {"tp_size": 3}
+
+
+def test_combinations_that_fail_alike_are_one_line(kvplan_cli: Cli) -> None:
+    lists = ["--gpu", "h100,h200", "--kv-cache-dtype", "fp8,nvfp4", "--ctx", "8k,32k"]
+    said = " ".join(kvplan_cli("size", "--model", "8b", *lists).out.split())
+    assert said.count("NVFP4 KV needs") == 1 and "KV nvfp4 (4 combinations): no: vLLM refuses" in said
+
+
+def test_loads_of_several_lists_keep_their_clients_on_a_narrow_page(kvplan_cli: Cli) -> None:
+    lists = ["--gpu", "h100,h200", "--kv-cache-dtype", "bf16,fp8", "--concurrency", "16,64"]
+    rows = kvplan_cli("itl", "--model", "70b", "--tp", "4", "--isl", "8k", "--osl", "1k", *lists).out.splitlines()
+    labels = [row[:14].strip() for row in rows if row.startswith(("h100, ", "h200, ")) and "clients" not in row]
+    assert labels[:3] == ["h100, bf16, 16", "h100, bf16, 64", "h100, fp8, 16"] and "…" not in "".join(labels)

@@ -191,7 +191,14 @@ def show_load(page: Page, plans: list[tuple[str, ItlPlan, Served]], *, explain: 
                 f"{plan.tokens_per_s_per_gpu:,.0f}",
             ]
         )
-    page.table(["", "running", "TPOT", "80%, ms", "TTFT", "80%, s", "tok/s/GPU"], rows, right=(1, 2, 3, 4, 5, 6))
+    narrow = any(", clients " in label for label, *_ in plans)  # of several lists, the words are in the heading
+    if narrow:
+        rows = [[row[0].replace("clients ", ""), *row[1:]] for row in rows]
+    page.table(
+        ["…, clients" if narrow else "", "running", "TPOT", "80%, ms", "TTFT", "80%, s", "tok/s/GPU"],
+        rows,
+        right=(1, 2, 3, 4, 5, 6),
+    )
     page.line()
     for label, plan, served in plans:
         assert plan.load is not None

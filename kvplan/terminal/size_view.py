@@ -279,9 +279,15 @@ def show_sweep(
     console.print(table)
     if plans and not budgeted:
         _line(console, "  B/token and request: on one GPU; KV: of all requests, on all GPUs", "dim")
+    alike: dict[str, list[dict[str, object]]] = {}
     for chosen, message in failures:
-        shown = ", ".join(f"{name} {value}" for name, value in chosen.items())
-        _line(console, f"  {shown}: no: {message}", "dim")
+        alike.setdefault(message, []).append(chosen)
+    for message, combinations in alike.items():
+        common = ((name, value) for name, value in combinations[0].items()
+                  if all(each[name] == value for each in combinations))  # fmt: skip
+        shown = ", ".join(f"{SHORT_NAMES.get(name, name)} {value}" for name, value in common)
+        count = f" ({len(combinations):,} combinations)" if len(combinations) > 1 else ""
+        _line(console, f"  {shown or 'all'}{count}: no: {message}", "dim")
 
 
 def _held(plan: SizePlan) -> list[str]:
