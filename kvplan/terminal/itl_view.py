@@ -60,9 +60,21 @@ def show_lines(page: Page, lines: list[ItlLine], failures: list[tuple[str, str]]
             _explain(page, line.served, line.plans[-1], line.label)
 
 
+def _short_labels(labels: list[str]) -> tuple[str, list[str]]:
+    """(heading, labels): of several lists, the words that all labels have in one place go into the heading.
+
+    ``h100, TP 4, batch 8`` becomes ``h100, 4, 8`` below ``…, TP, batch``.
+    """
+    parts = [[part.rpartition(" ")[::2] for part in label.split(", ")] for label in labels]
+    if len(parts[0]) < 2:
+        return "", labels
+    return ", ".join(word or "…" for word, _ in parts[0]), [", ".join(value for _, value in each) for each in parts]
+
+
 def _table(page: Page, lines: list[ItlLine]) -> None:
     rows = []
-    for line in lines:
+    heading, labels = _short_labels([line.label for line in lines])
+    for line, label in zip(lines, labels, strict=True):
         for number, plan in enumerate(line.plans):
             low, high = plan.interval_s
             cells = [
@@ -73,8 +85,8 @@ def _table(page: Page, lines: list[ItlLine]) -> None:
             ]
             if plan.fits is False:
                 cells = ["–", "does not fit", "–", "–"]
-            rows.append([line.label if number == 0 else "", format_tokens(plan.point.context_tokens), *cells])
-    page.table(["", "context", "ITL", "80% interval", "tok/s/user", "tok/s/GPU"], rows, right=(1, 2, 3, 4, 5))
+            rows.append([label if number == 0 else "", format_tokens(plan.point.context_tokens), *cells])
+    page.table([heading, "context", "ITL", "80% interval", "tok/s/user", "tok/s/GPU"], rows, right=(1, 2, 3, 4, 5))
     page.line()
 
 
@@ -173,7 +185,8 @@ def show_load(page: Page, plans: list[tuple[str, ItlPlan, Served]], *, explain: 
     """TPOT and TTFT of each plan."""
     _headlines(page, [(served, plan) for _, plan, served in plans])
     rows = []
-    for label, plan, served in plans:
+    heading, labels = _short_labels([label for label, *_ in plans])
+    for label, (_, plan, served) in zip(labels, plans, strict=True):
         assert plan.load is not None
         load = plan.load
         (low, high), (first, last) = load.tpot_interval_s, load.ttft_interval_s
@@ -191,11 +204,8 @@ def show_load(page: Page, plans: list[tuple[str, ItlPlan, Served]], *, explain: 
                 f"{plan.tokens_per_s_per_gpu:,.0f}",
             ]
         )
-    narrow = any(", clients " in label for label, *_ in plans)  # of several lists, the words are in the heading
-    if narrow:
-        rows = [[row[0].replace("clients ", ""), *row[1:]] for row in rows]
     page.table(
-        ["…, clients" if narrow else "", "running", "TPOT", "80%, ms", "TTFT", "80%, s", "tok/s/GPU"],
+        [heading, "running", "TPOT", "80%, ms", "TTFT", "80%, s", "tok/s/GPU"],
         rows,
         right=(1, 2, 3, 4, 5, 6),
     )
