@@ -186,27 +186,37 @@ def _machine_code(kernel: object, num_warps: int, tile_bytes: int) -> dict:
     }
 
 
-def _shape(kv_dtype: str, scales: str, head_dim: int, group_size: int, layout: str = "HND") -> DecodeShape:
-    """8 KV heads over blocks of 64."""
-    return DecodeShape(kv_format(kv_dtype), scales, layout, 64, 8, head_dim, group_size)
+def _shape(
+    kv_dtype: str, scales: str, head_dim: int, group_size: int, layout: str = "HND", block_size_tokens: int = 64
+) -> DecodeShape:
+    """8 KV heads."""
+    return DecodeShape(kv_format(kv_dtype), scales, layout, block_size_tokens, 8, head_dim, group_size)
 
 
-SHIPPED = tuple(
-    _shape(kv_dtype, scales, head_dim, group)
-    for kv_dtype, scales, head_dims in (
-        ("bf16", "none", HEAD_DIMS),
-        ("fp8_e4m3", "tensor", HEAD_DIMS),
-        ("fp8_e4m3", "token_head", HEAD_DIMS),
-        ("int8", "token_head", HEAD_DIMS),
-        ("int4", "block", FOUR_BIT_HEAD_DIMS),
-        ("nvfp4", "block", FOUR_BIT_HEAD_DIMS),
-    )
-    for head_dim in head_dims
-    for group in (8, 16)
-) + tuple(
-    _shape(kv_dtype, "token_head_inline", head_dim, 8, "NHD")
-    for kv_dtype in ("fp8_e4m3", "int8")
-    for head_dim in (64, 128)
+SHIPPED = (
+    *(
+        _shape(kv_dtype, scales, head_dim, group)
+        for kv_dtype, scales, head_dims in (
+            ("bf16", "none", HEAD_DIMS),
+            ("fp8_e4m3", "tensor", HEAD_DIMS),
+            ("fp8_e4m3", "token_head", HEAD_DIMS),
+            ("int8", "token_head", HEAD_DIMS),
+            ("int4", "block", FOUR_BIT_HEAD_DIMS),
+            ("nvfp4", "block", FOUR_BIT_HEAD_DIMS),
+        )
+        for head_dim in head_dims
+        for group in (8, 16)
+    ),
+    *(
+        _shape(kv_dtype, "token_head_inline", head_dim, 8, layout)
+        for kv_dtype in ("fp8_e4m3", "int8")
+        for head_dim, layout in ((64, "NHD"), (128, "NHD"), (64, "HND"), (128, "HND"), (256, "HND"))
+    ),
+    *(
+        _shape("int8", scales, head_dim, 8, block_size_tokens=block_size_tokens)
+        for scales, head_dim in (("token_head", 80), ("token_head", 128), ("token_head_inline", 128))
+        for block_size_tokens in (16, 32)
+    ),
 )
 """What the configuration table is asked for: the dearest scales of each width, both group classes, every head_dim."""
 
@@ -215,12 +225,14 @@ USUAL = (
     _shape("fp8_e4m3", "tensor", 128, 8),
     _shape("fp8_e4m3", "token_head", 128, 8),
     _shape("fp8_e4m3", "token_head_inline", 128, 8),
-    _shape("fp8_e4m3", "token_head_inline", 128, 8, "NHD"),
+    _shape("fp8_e4m3", "tensor", 80, 8),
     _shape("fp8_e5m2", "token_head", 128, 8),
     _shape("int8", "token_head", 128, 8),
     _shape("int4", "block", 128, 8),
+    _shape("fp8_e4m3", "token_head", 128, 8, "NHD"),
+    _shape("fp8_e4m3", "token_head_inline", 128, 8, "NHD"),
 )
-"""8 query heads a KV head and head_dim 128: 16-bit, int4, and 8-bit with every kind of scale."""
+"""8 query heads a KV head: 16-bit, int4, and 8-bit with every kind of scale, in both layouts, rows of 80 bytes too."""
 
 
 def shipped_cases(arch: int) -> list[DecodeCase]:

@@ -97,14 +97,22 @@ _UNCAPPED_FROM_SM100 = {(8, 80, False), (16, 64, False)}
 """Shapes whose programs of two warps spill there with 168 registers a thread."""
 
 
-def decode_configs(arch: int | None, element_bits: int, head_dim: int, group_size: int) -> tuple[Config, ...]:
-    """Candidates for decode attention, the default first; `arch` None: a CPU or ROCm."""
+def decode_configs(
+    arch: int | None, element_bits: int, head_dim: int, group_size: int, inline: bool = False
+) -> tuple[Config, ...]:
+    """Candidates for decode attention row by row, the default first; `arch` None: a CPU or ROCm.
+
+    Scales inline take registers of their own: one configuration, which 168 a thread are enough for with head_dim 128.
+    """
     if arch is None:
         return (Config(32, 4, 2),)
     shape = (element_bits, head_dim, group_size > 8)
+    found = _DECODE[shape]
     if arch >= 100 and shape in _UNCAPPED_FROM_SM100:
-        return tuple(replace(c, max_registers=None) if c.num_warps == 2 else c for c in _DECODE[shape])
-    return _DECODE[shape]
+        found = tuple(replace(c, max_registers=None) if c.num_warps == 2 else c for c in found)
+    if inline:
+        return found[:1] if head_dim == 128 else (replace(found[0], max_registers=None),)
+    return found
 
 
 INLINE_TILES = {(4, 64): 64, (4, 128): 32, (2, 128): 32}

@@ -100,7 +100,8 @@ class DecodeShape:
         heads = self._heads_side_by_side
         if heads > 1 and self.block_size_tokens >= 16:
             return (inline_config(arch, self.head_dim, heads, self.block_size_tokens),)
-        others = decode_configs(arch, self.fmt.element_bits, self.head_dim, self.group_size)
+        inline = self.scale_granularity == "token_head_inline"
+        others = decode_configs(arch, self.fmt.element_bits, self.head_dim, self.group_size, inline)
         return others if arch is None else (*self._run_configs(), *others)
 
     def heads_a_program(self, config: Config) -> int:

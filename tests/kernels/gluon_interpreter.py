@@ -1,8 +1,8 @@
 """Gluon kernels in Triton's interpreter, which knows none: with a GPU's shared memory and asynchronous copies.
 
 A program runs as one thread: layouts of registers mean nothing here, those of shared memory everything. What is copied
-asynchronously arrives when its group is waited for; from the moment it is begun until then its place holds NaN codes,
-as does all memory at first. So a tile read too early, or overwritten too early, is seen in the result.
+asynchronously arrives when its group is waited for; from when it is begun until then its place is unset, bytes of ones,
+as is all memory at first. So a tile read too early, or overwritten too early, is seen in the result.
 """
 
 import math
@@ -14,7 +14,7 @@ from triton.experimental.gluon import language as real
 from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.runtime.interpreter import InterpretedFunction, TensorHandle, _get_np_dtype
 
-NAN_CODE = 0xFF
+UNSET = 0xFF
 
 
 def _tensor(data, dtype):
@@ -84,7 +84,7 @@ class AsyncCopy:
         assert list(pointer.shape) == memory.shape
         copied = np.ascontiguousarray(tl.load(pointer, mask=mask, other=0).handle.data)
         at = memory.bytes()
-        memory.data[at] = NAN_CODE
+        memory.data[at] = UNSET
         self.begun.append((memory.data, at, copied[..., None].view(np.uint8)))
 
     def commit_group(self):
@@ -120,7 +120,7 @@ class Language:
 
     def allocate_shared_memory(self, dtype, shape, layout):
         size = math.prod(int(s) for s in shape) * dtype.primitive_bitwidth // 8
-        return Memory(np.full(size, NAN_CODE, np.uint8), 0, dtype, shape, layout)
+        return Memory(np.full(size, UNSET, np.uint8), 0, dtype, shape, layout)
 
 
 def mma_v2(a, b, c):
