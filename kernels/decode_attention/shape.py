@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import triton
 
 from ..configs import INLINE_TILES, Config, decode_configs, inline_config, padded_head_dim, run_configs
 from ..formats import INLINE_SLOT_BYTES, KvFormat, int4_plane_dims
@@ -14,9 +15,9 @@ from .kernel_inline import attend_inline
 from .kernel_int4 import attend_int4
 from .kernel_nvfp4 import attend_nvfp4
 
-try:  # Gluon as of Triton 3.6
+if tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 6):  # the Gluon that it is written in
     from .runs import attend_runs
-except (ImportError, AttributeError):
+else:
     attend_runs = None
 
 BATCH_BUCKETS = (1, 32, 128, 1024, 8192)

@@ -1,8 +1,8 @@
 """Where the bytes of a tile lie: in runs of the cache, in shared memory, in registers (Gluon layouts).
 
 A tile is `tokens` rows, a row `width` elements, a power of two, and a tail of `tail` more. Rows with a tail lie in
-shared memory as they do in the cache, one behind another: 5 or 9 chunks of 16 bytes, so that no two of eight rows meet
-in a bank. Rows without one would all meet; their chunks are swizzled.
+shared memory as they do in the cache, one behind another: an odd number of 16-byte chunks, so that no two of eight rows
+meet in a bank (of 96 bytes two do). Rows without a tail would all meet; their chunks are swizzled.
 """
 
 import triton.language as tl
