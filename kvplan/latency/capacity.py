@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from kvplan.memory.cache_plan import CachePlan, Pool
 from kvplan.memory.pages import Group, Page
 
-Ints = npt.NDArray[np.int64]
+if TYPE_CHECKING:
+    import numpy.typing as npt  # takes 2 ms, and only types need it
+
+Ints: TypeAlias = "npt.NDArray[np.int64]"
 
 
 def max_batches(plan: CachePlan, available_bytes: int, context_tokens: Any) -> Ints:

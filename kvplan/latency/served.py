@@ -126,7 +126,7 @@ class Served:
         held = max_batches(self.plan, self.available_bytes, context_tokens)
         if batch_per_rank is not None:
             beyond = batch_per_rank > (self.setup.default_num_seqs or np.inf)
-            for count in np.unique(batch_per_rank[beyond]):
+            for count in set(batch_per_rank[beyond].tolist()):
                 left, there = kv_bytes_for(self.setup, int(count), self.available_bytes), batch_per_rank == count
                 held[there] = max_batches(self.plan, left, context_tokens[there])
         return np.asarray(held * self.num_ranks, dtype=float)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from kvplan.deployment import Deployment
 from kvplan.model_config.types import ModelConfig
 
-Floats = npt.NDArray[np.float64]
-Number = float | Floats
+if TYPE_CHECKING:
+    import numpy.typing as npt  # takes 2 ms, and only types need it
+
+Floats: TypeAlias = "npt.NDArray[np.float64]"
+Number: TypeAlias = "float | Floats"
 """A float, or an array of them: formulas below take either."""
 
 
