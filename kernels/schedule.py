@@ -20,12 +20,11 @@ def sequence_tiles(seq_len, window, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr)
 
 
 @triton.jit
-def batch_tiles(seq_lens_ptr, batch_size, window, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, BATCH: tl.constexpr):
-    """Tiles of each sequence of the batch, [BATCH], zero past `batch_size`."""
-    rows = tl.arange(0, BATCH)
+def batch_tiles(rows, seq_lens_ptr, batch_size, window, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr):
+    """Tiles of each sequence of the batch, for `rows` from 0 to at least `batch_size`; zero past it."""
     seq_lens = tl.load(seq_lens_ptr + rows, mask=rows < batch_size, other=0)
     tiles = sequence_tiles(seq_lens, window, BLOCK_N, WINDOW)[1]
-    return rows, tl.where(rows < batch_size, tiles, 0)
+    return tl.where(rows < batch_size, tiles, 0)
 
 
 @triton.jit
@@ -51,6 +50,7 @@ def chunk_of_tile(tile, total_tiles, chunks):
 
 @triton.jit
 def cut_batch(
+    rows,
     chunk,
     num_chunks,
     seq_lens_ptr,
@@ -58,13 +58,13 @@ def cut_batch(
     window,
     BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr,
-    BATCH: tl.constexpr,
     MIN_TILES: tl.constexpr,
 ):
     """Where `chunk` lies: (tiles of the batch, chunks used, its first tile, its end, its first and last sequence, and
-    the tile at which that first one starts). A chunk past those used has nothing to do.
+    the tile at which that first one starts). A chunk past those used has nothing to do. `rows` as for
+    `batch_tiles`.
     """
-    rows, tiles = batch_tiles(seq_lens_ptr, batch_size, window, BLOCK_N, WINDOW, BATCH)
+    tiles = batch_tiles(rows, seq_lens_ptr, batch_size, window, BLOCK_N, WINDOW)
     ends = tl.cumsum(tiles, 0)
     total = tl.sum(tiles, 0)
     chunks = used_chunks(total, batch_size, num_chunks, MIN_TILES)

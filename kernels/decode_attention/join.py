@@ -8,6 +8,8 @@ from ..schedule import chunk_of_tile
 NARROW = tl.constexpr(8)
 WIDE = tl.constexpr(16)
 """Pieces of a sequence that one program joins."""
+LOG2_E = tl.constexpr(1.4426950408889634)
+"""Sinks come in natural units, logits and sums are of base 2."""
 
 
 @triton.jit
@@ -92,7 +94,7 @@ def join_pieces(
                 weight = weight * keep + share
                 peak = new_peak
             if SINKS:
-                sink = tl.load(sink_ptr + kv_head * G + heads, mask=row_ok, other=0.0) * 1.4426950408889634
+                sink = tl.load(sink_ptr + kv_head * G + heads, mask=row_ok, other=0.0) * LOG2_E
                 if top:
                     weight += tl.exp2(sink - peak)
             acc = acc / weight[:, None]

@@ -23,7 +23,7 @@ import triton.language as tl
 
 from ..schedule import chunk_of_program, cut_batch, share_of_sequence
 from ..unpack import INT8_BIAS, unpack_elements, unpack_pairs
-from .join import join_pieces, piece_of
+from .join import LOG2_E, join_pieces, piece_of
 from .pages import first_page, page_ahead, rows_at, slot_in_page, valid_slots
 
 OFFSET = tl.constexpr(14.0)
@@ -165,7 +165,7 @@ def attend(
     """Attend to one chunk of tiles for one KV head; grid: num_chunks * KV_HEADS programs."""
     chunk, kv_head = chunk_of_program(num_chunks, KV_HEADS, HEADS_TOGETHER)
     total, chunks, tile, end_tile, first_seq, last_seq, seq_start = cut_batch(
-        chunk, num_chunks, seq_lens_ptr, batch_size, window, BLOCK_N, WINDOW, BATCH, MIN_TILES
+        tl.arange(0, BATCH), chunk, num_chunks, seq_lens_ptr, batch_size, window, BLOCK_N, WINDOW, MIN_TILES
     )
     if chunk >= chunks:
         return
@@ -293,7 +293,7 @@ def attend(
         lse = peak - OFFSET + tl.log2(total_weight)
         complete = (from_tile == 0) & (to_tile == seq_tiles)
         if SINKS:
-            sink = tl.load(sink_ptr + kv_head * G + heads, mask=head_ok, other=0.0) * 1.4426950408889634
+            sink = tl.load(sink_ptr + kv_head * G + heads, mask=head_ok, other=0.0) * LOG2_E
             if complete:
                 total_weight += tl.exp2(sink - peak + OFFSET)
         inverse = tl.where(total_weight > 0.0, v_scale / total_weight, 0.0)

@@ -12,7 +12,7 @@ import triton.language as tl
 from ..formats import INLINE_SLOT_BYTES
 from ..schedule import chunk_of_program, cut_batch, share_of_sequence
 from ..unpack import INT8_BIAS
-from .join import join_pieces, piece_of
+from .join import LOG2_E, join_pieces, piece_of
 from .kernel import (
     MIN_TILES,
     NOT_SPECIALISED,
@@ -83,7 +83,7 @@ def attend_inline(
     PARTS: tl.constexpr = KV_HEADS // HEADS
     chunk, part = chunk_of_program(num_chunks, PARTS, True)
     total, chunks, tile, end_tile, first_seq, last_seq, seq_start = cut_batch(
-        chunk, num_chunks, seq_lens_ptr, batch_size, window, BLOCK_N, WINDOW, BATCH, MIN_TILES
+        tl.arange(0, BATCH), chunk, num_chunks, seq_lens_ptr, batch_size, window, BLOCK_N, WINDOW, MIN_TILES
     )
     if chunk >= chunks:
         return
@@ -150,7 +150,7 @@ def attend_inline(
         lse = peak - OFFSET + tl.log2(total_weight)
         complete = (from_tile == 0) & (to_tile == seq_tiles)
         if SINKS:
-            sink = tl.load(sink_ptr + q_heads, mask=head_ok, other=0.0) * 1.4426950408889634
+            sink = tl.load(sink_ptr + q_heads, mask=head_ok, other=0.0) * LOG2_E
             if complete:
                 total_weight += tl.exp2(sink - peak + OFFSET)
         inverse = (1.0 / total_weight)[:, None, :]

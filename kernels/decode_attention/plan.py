@@ -36,8 +36,7 @@ class DecodePlan:
 
     `cache` is any layer's cache (its tensors are only looked at for shapes, strides and dtypes). `num_chunks` fixes the
     number of chunks a KV head is cut into (default: what fills the GPU once). `window_tokens`, `soft_cap` and `sinks`
-    as in the reference. ValueError when the query does not fit the cache,
-    or a layer's cache is 32 GiB or larger.
+    as in the reference. ValueError when the query does not fit the cache, or a layer's cache is 32 GiB or larger.
     """
 
     def __init__(

@@ -81,28 +81,30 @@ class DecodeShape:
         )
 
     @property
+    def _inline(self) -> bool:
+        """Whether a row carries its own scale."""
+        return self.scale_granularity == "token_head_inline"
+
+    @property
     def _heads_side_by_side(self) -> int:
         """KV heads that a program of `attend_inline` reads: 4 or 2, whose rows fill whole sectors; 1: none."""
         heads = math.gcd(self.num_kv_heads, 4)
-        inline = (self.scale_granularity, self.layout, self.dense) == ("token_head_inline", "NHD", True)
-        wanted = inline and not self.one_sequence
+        wanted = self._inline and self.layout == "NHD" and self.dense and not self.one_sequence
         return heads if wanted and self.group_size <= 8 and (heads, self.head_dim) in INLINE_TILES else 1
 
     def _run_configs(self) -> tuple[Config, ...]:
         """Configurations of `attend_runs`; none where a KV head's tile is no run of bytes, or others are as fast."""
-        inline = self.scale_granularity == "token_head_inline"
         in_runs = self.dense and (self.layout == "HND" or self.num_kv_heads == 1) and self.block_size_tokens >= 16
-        if attend_runs is None or self.fmt.element_bits != 8 or not in_runs or (self.one_sequence and not inline):
+        if attend_runs is None or self.fmt.element_bits != 8 or not in_runs or (self.one_sequence and not self._inline):
             return ()
-        return run_configs(self.head_dim, inline, self.group_size, self.block_size_tokens)
+        return run_configs(self.head_dim, self._inline, self.group_size, self.block_size_tokens)
 
     def configs(self, arch: int | None) -> tuple[Config, ...]:
         """Configurations to choose from, the default first; `arch` None: a CPU or ROCm."""
         heads = self._heads_side_by_side
         if heads > 1 and self.block_size_tokens >= 16:
             return (inline_config(arch, self.head_dim, heads, self.block_size_tokens),)
-        inline = self.scale_granularity == "token_head_inline"
-        others = decode_configs(arch, self.fmt.element_bits, self.head_dim, self.group_size, inline)
+        others = decode_configs(arch, self.fmt.element_bits, self.head_dim, self.group_size, self._inline)
         return others if arch is None else (*self._run_configs(), *others)
 
     def heads_a_program(self, config: Config) -> int:
@@ -128,7 +130,7 @@ class DecodeShape:
         heads = self.heads_a_program(config)
         rows = max(group_padded, _power_of_two(heads * self.group_size))
         tile_bytes = heads * config.block_n * dim_padded * 2 * self.fmt.element_bits // 8
-        row_bytes = self.head_dim + (INLINE_SLOT_BYTES if self.scale_granularity == "token_head_inline" else 0)
+        row_bytes = self.head_dim + (INLINE_SLOT_BYTES if self._inline else 0)
         width = 1 << (row_bytes.bit_length() - 1)
         found = {
             "KV_HEADS": self.num_kv_heads,

@@ -128,7 +128,7 @@ def attend_latent(
     """Attend to one chunk of tiles for one block of query heads; grid: num_chunks * HEAD_BLOCKS programs."""
     chunk, head_block = chunk_of_program(num_chunks, HEAD_BLOCKS, True)
     total, chunks, tile, end_tile, first_seq, last_seq, seq_start = cut_batch(
-        chunk, num_chunks, seq_lens_ptr, batch_size, 0, BLOCK_N, False, BATCH, MIN_TILES
+        tl.arange(0, BATCH), chunk, num_chunks, seq_lens_ptr, batch_size, 0, BLOCK_N, False, MIN_TILES
     )
     if chunk >= chunks:
         return

@@ -4,7 +4,7 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from ..join import NARROW, piece_slot, radix_of
+from ..join import LOG2_E, NARROW, piece_slot, radix_of
 
 WIDE_STAGES = tl.constexpr(4)
 """For `radix_of`: eight pieces are read at once, so sixteen take two steps and not two levels."""
@@ -73,7 +73,7 @@ def join_runs(
                     acc = acc * of_cells(keep, per_cell) + gl.sum(values * share[:, :, None], 0)
                     peak = new_peak
                 if SINKS:
-                    sink = gl.load(sink_ptr + row, mask=row_ok, other=0.0) * 1.4426950408889634
+                    sink = gl.load(sink_ptr + row, mask=row_ok, other=0.0) * LOG2_E
                     if top:
                         weight += gl.exp2(sink - peak)
                 acc = acc / of_cells(weight, per_cell)

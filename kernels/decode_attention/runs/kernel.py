@@ -11,31 +11,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from ...schedule import chunk_of_program, chunk_start, sequence_tiles, share_of_sequence, used_chunks
+from ...schedule import chunk_of_program, cut_batch, share_of_sequence
 from ...unpack import INT8_BIAS, unpack_elements, unpack_pairs
-from ..join import piece_of
+from ..join import LOG2_E, piece_of
 from ..kernel import MIN_TILES, NOT_SPECIALISED, OFFSET, SMALLEST_SCALE, cap_logits, log2, reciprocal
 from .join import join_runs
 from .layouts import copy_layout, product_layout
 from .tiles import begin_tile, load_columns, load_rows, load_slots, pages_of
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@gluon.jit
-def cut_batch(rows, chunk, num_chunks, seq_lens_ptr, batch_size, window, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr):
-    """As `schedule.cut_batch`, over `rows`: a range of at least the batch size, with a layout."""
-    seq_lens = gl.load(seq_lens_ptr + rows, mask=rows < batch_size, other=0)
-    tiles = sequence_tiles(seq_lens, window, BLOCK_N, WINDOW)[1]
-    tiles = gl.where(rows < batch_size, tiles, 0)
-    ends = tl.cumsum(tiles, 0)
-    total = gl.sum(tiles, 0)
-    chunks = used_chunks(total, batch_size, num_chunks, MIN_TILES)
-    tile = chunk_start(chunk, total, chunks)
-    end_tile = chunk_start(chunk + 1, total, chunks)
-    first_seq = gl.sum((ends <= tile).to(gl.int32), 0)
-    last_seq = gl.sum((ends < end_tile).to(gl.int32), 0)
-    return total, chunks, tile, end_tile, first_seq, last_seq, gl.sum(gl.where(rows < first_seq, tiles, 0), 0)
 
 
 @gluon.jit
@@ -116,7 +98,7 @@ def attend_runs(
     chunk, kv_head = chunk_of_program(num_chunks, KV_HEADS, False)
     batch_rows = gl.arange(0, BATCH, gl.BlockedLayout([1], [32], [WARPS], [0]))
     total, chunks, tile, end_tile, first_seq, last_seq, seq_start = cut_batch(
-        batch_rows, chunk, num_chunks, seq_lens_ptr, batch_size, window, BLOCK_N, WINDOW
+        batch_rows, chunk, num_chunks, seq_lens_ptr, batch_size, window, BLOCK_N, WINDOW, MIN_TILES
     )
     if chunk >= chunks:
         return
