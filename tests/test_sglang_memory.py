@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import kvplan
+from kvplan.latency.lines import make_line
 from kvplan.memory.engines.sglang_memory import reserves
 from kvplan.memory.request import make_request
 from kvplan.memory.setup import Setup, set_up
@@ -130,6 +131,30 @@ def test_aiter_on_amd_keeps_part_of_any_fraction_for_long_requests() -> None:
         return plan.memory.usable_bytes
 
     assert usable(context_tokens=16384) == pytest.approx(0.85 * usable(context_tokens=8192))
+
+
+@pytest.mark.parametrize(("model", "tp_size", "batch_size"), [("qwen3-32b", 1, 64), ("minimax-m2.5", 2, 256),
+                                                             ("deepseek-v3", 1, 16)])  # fmt: skip
+@pytest.mark.parametrize("context_tokens", [4096, 8193, 32768])
+def test_size_itl_and_report_agree_on_what_amd_keeps(model: str, tp_size: int, batch_size: int, context_tokens: int
+                                                     ) -> None:  # fmt: skip
+    """Whether a batch fits, and the longest context that it holds, planned at either side of 8,192 tokens."""
+    asked: dict[str, Any] = {"model": model, "gpu": "mi300x", "engine": "sglang", "tp_size": tp_size}
+    plan = kvplan.size(**asked, context_tokens=context_tokens, batch_size=batch_size)
+    line = make_line("", asked, [context_tokens], batch_size)
+    assert line.plans[0].fits is plan.fits
+    assert line.max_context_tokens == plan.answers.max_context_at_batch_tokens
+    report = kvplan.report(**asked, context_tokens=context_tokens, concurrency=batch_size)
+    chosen = next(row for row in report.precisions if row.is_chosen)
+    assert chosen.max_context_tokens == line.max_context_tokens
+
+
+def test_the_longest_context_of_amd_is_held_by_a_server_that_is_told_of_it() -> None:
+    asked: dict[str, Any] = {"model": "mistral-7b-v0.1", "gpu": "mi355x", "engine": "sglang", "batch_size": 256}
+    longest = kvplan.size(**asked, context_tokens=16384).answers.max_context_at_batch_tokens
+    assert longest is not None and longest < 8192
+    assert kvplan.size(**asked, context_tokens=longest).fits is True
+    assert kvplan.size(**asked, context_tokens=longest + 64).fits is False
 
 
 def test_small_gpus_changed_their_defaults_in_0_5_20() -> None:

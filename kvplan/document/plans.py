@@ -27,7 +27,7 @@ class Plans:
     """A question and its plans.
 
     Attributes:
-        room_bytes: KV memory of one GPU; 0 when weights leave none, or when it was given and is not there.
+        room_bytes: KV memory of one GPU; below 0 what is missing on it.
         formats: the KV formats compared, the deployment's own among them.
         run: what was measured on this GPU, when a run folder was given.
 
@@ -60,7 +60,7 @@ class Plans:
     @property
     def served(self) -> int:
         """Users held at the report's context and let run at once, over all replicas."""
-        return (self.size.answers.max_batch_at_context or 0) if self.room_bytes else 0
+        return (self.size.answers.max_batch_at_context or 0) if self.room_bytes > 0 else 0
 
     @property
     def held(self) -> int:
@@ -87,7 +87,7 @@ def make_plans(options: Mapping[str, Any]) -> Plans:
         given_calibration(question.calibration, setup.gpu.name, setup.engine.name, is_latent(setup.model), heads)
     run = None if question.measured is None else read_run(question.measured, setup.gpu.name)
     cache = cache_plan(setup)
-    room = 0 if plan.memory.excess_bytes else max(plan.memory.kv_cache_bytes, 0)
+    room = -plan.memory.excess_bytes or plan.memory.kv_cache_bytes
     formats = formats_of(question, setup, cache, room, contexts_of(setup))
     return Plans(question, plan, setup, cache, room, tuple(formats), run)
 

@@ -63,7 +63,7 @@ def formats_of(question: Question, setup: Setup, cache: CachePlan, available_byt
         plan = cache_plan(with_format(setup, name))
         line, problem = _line(question, setup, name, contexts, users)
         each = ceil_div(users, setup.num_replicas)
-        longest = longest_held(setup, plan, available_bytes, each) if setup.runs_at_once else None
+        longest = longest_held(setup, plan, available_bytes, each)
         found.append(Format(name, name == chosen, row, plan, line, problem, longest))
     return found
 

@@ -54,7 +54,7 @@ def what_if(question: Question, setup: Setup, formats: Sequence[Format], availab
         users=users,
         contexts_tokens=contexts,
         output_share=share,
-        kv_cache_bytes=available_bytes,
+        kv_cache_bytes=max(available_bytes, 0),
         num_gpus=request.tp_size * request.pp_size * request.dp_size,
         num_replicas=setup.num_replicas,
         surfaces=[_surface(fmt, setup, available_bytes, users, contexts, share) for fmt in formats if fmt.plan],
@@ -66,7 +66,7 @@ def _surface(fmt: Format, setup: Setup, available: int, users: list[int], contex
     assert plan is not None
     replicas = setup.num_replicas
     each = [ceil_div(count, replicas) for count in users]
-    limits = [longest_held(setup, plan, available, n) if setup.at_once(n) == n else None for n in each]
+    limits = [longest_held(setup, plan, available, n) for n in each]
     held = [most_held(setup, plan, available, context) * replicas for context in contexts]
     needed = [plan.bytes_per_request(context) for context in contexts]
     common = {

@@ -15,7 +15,7 @@ from kvplan.latency.planner import parameters_of, plan_points
 from kvplan.latency.request import Point, check_length, make_itl_request
 from kvplan.latency.served import Served, serve
 from kvplan.latency.step import step_times
-from kvplan.memory.limits import kv_bytes_for
+from kvplan.memory.limits import longest_held
 from kvplan.memory.request import Source
 from kvplan.traffic import Floats
 from kvplan.units import ceil_div
@@ -23,7 +23,6 @@ from kvplan.units import ceil_div
 BREAK_EVEN_GAIN = 0.02
 """Share of ITL a format must save to be worth anything."""
 
-FALLBACK_MAX_CONTEXT = 2**20
 SEARCH_LIMIT_TOKENS = 2**30
 SEARCH_POINTS = 200
 
@@ -97,18 +96,17 @@ def make_line(label: str, options: dict[str, Any], contexts: Sequence[int], batc
         slope_ratio_source=source,
         slope_ratio_detail=detail,
         break_even_tokens=break_even,
-        max_context_tokens=_max_context(served, batch_size),
+        max_context_tokens=_max_context(served, batch_size, contexts[-1]),
         memory_known=served.available_bytes is not None,
         served=served,
     )
 
 
-def _max_context(served: Served, batch_size: int) -> int | None:
-    if served.available_bytes is None or (served.told and served.scheduler_limit(batch_size) is not None):
+def _max_context(served: Served, batch_size: int, asked_tokens: int) -> int | None:
+    if served.available_bytes is None:
         return None
-    limit = max(served.model.max_context_tokens or FALLBACK_MAX_CONTEXT, served.setup.max_model_len_tokens)
     each = ceil_div(batch_size, served.num_ranks)
-    return served.plan.max_context(kv_bytes_for(served.setup, each, served.available_bytes), each, limit)
+    return longest_held(served.setup, served.plan, served.available_bytes, each, asked_tokens)
 
 
 def _against_16_bits(served: Served, options: dict[str, Any], batch_size: int, context: int

@@ -15,7 +15,7 @@ import numpy as np
 from kvplan.deployment import Deployment, resolve_deployment
 from kvplan.errors import InputError, shorten
 from kvplan.gpu import GpuSpec, resolve_gpu
-from kvplan.latency.capacity import max_batches
+from kvplan.latency.capacity import Ints, max_batches
 from kvplan.latency.kv import KvSpeed, assumed_kv_dtype, calibration_note, is_latent, kv_speed
 from kvplan.latency.latent import latent_bytes_ratio, latent_heads
 from kvplan.latency.parameters import Traits
@@ -23,7 +23,7 @@ from kvplan.latency.request import ItlRequest, resolve_model_or_sibling
 from kvplan.latency.step import LoadFeatures, StepFeatures
 from kvplan.memory.cache_plan import CachePlan
 from kvplan.memory.engines import ENGINES, parse_version, resolve_engine
-from kvplan.memory.limits import kv_bytes_for
+from kvplan.memory.limits import kv_bytes_at, kv_bytes_for
 from kvplan.memory.setup import Setup, budget_of, cache_plan, set_up, weights_of
 from kvplan.model_config.types import ModelConfig
 from kvplan.roofline import Peaks, peaks_of
@@ -123,13 +123,22 @@ class Served:
         """Requests of that context all ranks hold, each told to run ``batch_per_rank``; None if memory is unknown."""
         if self.available_bytes is None:
             return None
-        held = max_batches(self.plan, self.available_bytes, context_tokens)
+        held = self._held(self.available_bytes, context_tokens, context_tokens)
         if batch_per_rank is not None:
             beyond = batch_per_rank > (self.setup.default_num_seqs or np.inf)
             for count in set(batch_per_rank[beyond].tolist()):
                 left, there = kv_bytes_for(self.setup, int(count), self.available_bytes), batch_per_rank == count
                 held[there] = max_batches(self.plan, left, context_tokens[there])
         return np.asarray(held * self.num_ranks, dtype=float)
+
+    def _held(self, available_bytes: int, context_tokens: Floats, longest_tokens: Floats) -> Ints:
+        """Requests of each context that one rank holds, where the server takes requests up to so long."""
+        held = max_batches(self.plan, available_bytes, context_tokens)
+        if kv_bytes_at(self.setup, int(np.max(longest_tokens)), available_bytes) != available_bytes:
+            for longest in set(longest_tokens.tolist()):
+                left, there = kv_bytes_at(self.setup, int(longest), available_bytes), longest_tokens == longest
+                held[there] = max_batches(self.plan, left, context_tokens[there])
+        return held
 
     def step_features(self, batch_per_rank: Floats, context_tokens: Number) -> StepFeatures:
         """Features of a step of ``batch_per_rank`` requests at a mean context; both float arrays of one shape."""
@@ -195,7 +204,8 @@ class Served:
         if self.available_bytes is None:
             return np.maximum(share, 1.0)
         reserved = RESERVED_OUTPUT.get(self.setup.engine.name, MID_REQUEST)
-        held = max_batches(self.plan, self.available_bytes, np.ceil(input_tokens + reserved * output_tokens))
+        decided_at, longest = np.ceil(input_tokens + reserved * output_tokens), np.ceil(input_tokens + output_tokens)
+        held = self._held(self.available_bytes, decided_at, longest)
         return np.asarray(np.maximum(np.where(held < 1, share, np.minimum(share, held)), 1.0))
 
 
@@ -239,9 +249,9 @@ def serve(request: ItlRequest) -> Served:
         size, model=size.model if note is None else model.name, weight_dtype=dtype, kv_cache_dtype=kv_dtype,
         tp_size=deployment.attention_tp_size, dp_size=deployment.attention_dp_size,
         ep=size.ep or deployment.expert_parallel_size > 1,
-        context_tokens=size.max_model_len_tokens or model.max_context_tokens or 4096,
+        context_tokens=size.max_model_len_tokens or 1,  # each point asks what its own length leaves
     )  # fmt: skip
-    setup = set_up(resolved)
+    setup = _as_one_server(set_up(resolved), deployment)
     plan = cache_plan(setup)
     notes += plan.warnings
     if plan.dcp_size > 1:
@@ -277,7 +287,7 @@ def serve(request: ItlRequest) -> Served:
             layout=replace(deployment, num_replicas=1).describe(),
         ),
         kv_speed=speed,
-        available_bytes=_available_bytes(setup, deployment),
+        available_bytes=_available_bytes(setup),
         max_running=size.max_num_seqs or setup.default_num_seqs,
         notes=tuple(notes),
     )
@@ -298,11 +308,15 @@ def family_of(model: ModelConfig) -> str:
     return f"{model.model_type}-{model.num_layers}x{model.hidden_size}" + (f"-e{experts}" if experts else "")
 
 
-def _available_bytes(setup: Setup, deployment: Deployment) -> int | None:
-    """KV budget of one GPU: the sizing budget of one replica, whose ranks share the experts on every engine."""
+def _as_one_server(setup: Setup, deployment: Deployment) -> Setup:
+    """``setup`` as one replica, whose ranks share the experts on every engine."""
     fraction = setup.memory_fraction
     if setup.request.gpu_memory_utilization is None and deployment.attention_dp_size > 1:
         fraction = setup.engine.default_fraction(setup.model, replace(setup.options, ep=True))
-    setup = replace(setup, engine=replace(setup.engine, experts_span_dp=True), memory_fraction=fraction)
+    return replace(setup, engine=replace(setup.engine, experts_span_dp=True), memory_fraction=fraction)
+
+
+def _available_bytes(setup: Setup) -> int | None:
+    """KV budget of one GPU, or, below 0, what is missing on it."""
     budget = budget_of(setup, weights_of(setup))
     return -budget.excess_bytes if budget.excess_bytes else budget.kv_bytes

@@ -7,6 +7,9 @@ from dataclasses import replace
 from kvplan.memory.cache_plan import CachePlan
 from kvplan.memory.setup import Setup, budget_of, weights_of
 
+UNCLAIMED_CONTEXT = 2**20
+"""The longest context that is looked for where a model claims none."""
+
 
 def kv_bytes_for(setup: Setup, num_requests: int, available_bytes: int) -> int:
     """KV bytes of a GPU once each replica is told to run ``num_requests`` at once.
@@ -28,10 +31,14 @@ def _activation_bytes(setup: Setup, max_num_seqs: int) -> int:
 
 
 def kv_bytes_at(setup: Setup, longest_tokens: int, available_bytes: int) -> int:
-    """KV bytes of a GPU once requests may be so long, of engines that then keep less (SGLang on AMD)."""
-    if longest_tokens <= setup.max_model_len_tokens or setup.request.kv_cache_memory_bytes is not None:
+    """KV bytes of a GPU told of requests so long, and of a stated longest one: of long ones SGLang keeps less on AMD.
+
+    ``available_bytes`` is what it has with the longest request of the plan.
+    """
+    longest = max(longest_tokens, setup.request.max_model_len_tokens or 0)
+    if longest == setup.max_model_len_tokens or setup.request.kv_cache_memory_bytes is not None:
         return available_bytes
-    options = replace(setup.options, longest_tokens=longest_tokens)
+    options = replace(setup.options, longest_tokens=longest)
     if setup.engine.kept_share(setup.model, options) == setup.engine.kept_share(setup.model, setup.options):
         return available_bytes
     weights = weights_of(setup)
@@ -39,14 +46,27 @@ def kv_bytes_at(setup: Setup, longest_tokens: int, available_bytes: int) -> int:
     return available_bytes + then - now
 
 
-def longest_held(setup: Setup, plan: CachePlan, available_bytes: int, num_requests: int) -> int | None:
-    """The longest context that ``num_requests`` of one replica hold at once, up to the model's; None when none."""
-    limit = max(setup.model.max_context_tokens or 0, setup.max_model_len_tokens)
+def longest_held(
+    setup: Setup, plan: CachePlan, available_bytes: int, num_requests: int, at_least_tokens: int = 0
+) -> int | None:
+    """The longest context that ``num_requests`` of one replica hold at once, up to the model's.
+
+    None when none is, or when the scheduler, as it was told, runs fewer at once. ``at_least_tokens`` are looked at
+    although they are beyond the model, as those of the plan are.
+    """
+    if setup.at_once(num_requests) < num_requests:
+        return None
+    limit = max(setup.model.max_context_tokens or UNCLAIMED_CONTEXT, setup.max_model_len_tokens, at_least_tokens)
     room = kv_bytes_for(setup, num_requests, available_bytes)
-    found = plan.max_context(room, num_requests, limit)
-    if found is None or (left := kv_bytes_at(setup, found, room)) == room:
+    found = plan.max_context(max(room, kv_bytes_at(setup, 1, room)), num_requests, limit)
+    if found is None or kv_bytes_at(setup, found, room) == kv_bytes_at(setup, 1, room):
         return found
-    return max(plan.max_context(left, num_requests, limit) or 0, setup.max_model_len_tokens)
+    low, high = 0, found
+    while low < high:
+        middle = (low + high + 1) // 2
+        held = plan.max_batch(kv_bytes_at(setup, middle, room), middle) >= num_requests
+        low, high = (middle, high) if held else (low, middle - 1)
+    return low or None
 
 
 def most_held(setup: Setup, plan: CachePlan, available_bytes: int, context_tokens: int | None = None) -> int:

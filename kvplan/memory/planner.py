@@ -192,8 +192,7 @@ def answers_of(setup: Setup, plan: CachePlan, available: int | None) -> Answers:
     if available is not None:
         short = max(plan.bytes_to_hold(setup.batch_per_replica, setup.context_tokens) - max(available, 0), 0)
         max_batch = most_held(setup, plan, available) * request.dp_size
-        if setup.runs_at_once:
-            max_context = longest_held(setup, plan, available, setup.batch_per_replica)
+        max_context = longest_held(setup, plan, available, setup.batch_per_replica)
     running = request.max_num_seqs or setup.default_num_seqs
     source: Source = "given" if request.max_num_seqs is not None else "exact"
     if (derived := _derived_limit(setup, plan, available)) is not None:
