@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from kvplan.advice import better_split
+from kvplan.advice.pools import better_split
 from kvplan.document.parts import Segment, SegmentKind, Waste
 from kvplan.document.plans import Plans
 from kvplan.errors import KvplanError
@@ -172,8 +172,7 @@ def _remedies(plans: Plans, name: str) -> list[Remedy]:
         split = better_split(setup, cache, plans.room_bytes)
         return [] if split is None else [Remedy(split.flag, {split.field: split.ratio})]
     if name == "replicated":
-        copies = min((run.page.num_copies for g in cache.groups for run in g.runs if run.page.kind != "state"),
-                     default=1) // cache.dcp_size  # fmt: skip
+        copies = cache.num_copies
         dcp, tp = cache.dcp_size * copies, request.tp_size // max(copies, 1)
         words = f"decode context parallel {dcp} (--dcp {dcp})"
         found = [Remedy(words, {"dcp_size": dcp})] if setup.engine.splits_contexts else []

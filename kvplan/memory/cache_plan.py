@@ -72,6 +72,12 @@ class CachePlan:
     doubt: str | None = None
     notes: tuple[str, ...] = field(default_factory=tuple)
 
+    @property
+    def num_copies(self) -> int:
+        """How many ranks store the same heads or latents, of the layers of which the fewest do."""
+        runs = (run for group in self.groups for run in group.runs if run.page.kind != "state")
+        return min((run.page.num_copies for run in runs), default=1) // self.dcp_size
+
     @cached_property
     def pool_bytes_per_block(self) -> int:
         """Bytes one block takes on the rank with the most: its widest group, or all groups when pools are apart."""
