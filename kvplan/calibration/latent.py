@@ -11,7 +11,7 @@ T is ``tile_rows``, the fewest query rows that a program multiplies with: 64 in 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -226,11 +226,20 @@ def find_latent(gpu_name: str, engine: str, num_heads: int) -> LatentCalibration
         ProfileError: a calibration file breaks its schema.
 
     """
+    return next((calibration for _, calibration in matching_latent(gpu_name, engine, num_heads)), None)
+
+
+def matching_latent(gpu_name: str, engine: str, num_heads: int) -> Iterator[tuple[store.Found, LatentCalibration]]:
+    """All of them with the file each was read from, the one to use first.
+
+    Raises:
+        ProfileError: a calibration file breaks its schema.
+
+    """
     for found in store.matching(KIND, gpu_name, engine):
         calibration = latent_from_json(found.data, found.where, found.origin)
         if calibration.covers(num_heads):
-            return calibration
-    return None
+            yield found, calibration
 
 
 def read_latent(path: Path, gpu_name: str, num_heads: int) -> LatentCalibration:

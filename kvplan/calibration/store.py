@@ -1,13 +1,15 @@
 """Where calibrations lie: the user's own folder first, then those that ship, each named ``KIND-GPU-ENGINE``.
 
-The user's folder is ``$XDG_CONFIG_HOME/kvplan/calibrations`` or ``~/.config/kvplan/calibrations``.
+The user's folder is ``$XDG_CONFIG_HOME/kvplan/calibrations`` or ``~/.config/kvplan/calibrations``. Of several there of
+one GPU and engine, one that names the engine comes before one that names none, then the newest by its date.
 """
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,7 +106,7 @@ def find(kind: str, gpu_name: str, engine: str) -> Found | None:
 
 
 def matching(kind: str, gpu_name: str, engine: str) -> Iterator[Found]:
-    """All of them: the user's, by name, then the one that ships.
+    """All of them: the user's, the one to use first, then the one that ships.
 
     Raises:
         ProfileError: a file of the user's folder is no calibration.
@@ -112,7 +114,7 @@ def matching(kind: str, gpu_name: str, engine: str) -> Iterator[Found]:
     """
     gpu = profiles.find("gpus", gpu_name) or gpu_name.strip().lower()
     engine = canonical_engine(engine)
-    yield from [found for found in _own() if _matches(found.data, kind, gpu, engine)]
+    yield from sorted((found for found in _own() if _matches(found.data, kind, gpu, engine)), key=_order)
     name = shipped_name(kind, gpu, engine)
     if name is not None:
         yield Found(name, profiles.load("calibrations", name), f"calibration {name}", SHIPPED)
@@ -122,6 +124,38 @@ def shipped_name(kind: str, gpu: str, engine: str) -> str | None:
     """The name of the shipped calibration of ``kind`` for a GPU's name and a canonical engine, or None."""
     name = f"{kind.replace('_', '-')}-{gpu}-{engine}"
     return name if name in profiles.names("calibrations") else None
+
+
+def choice_note(candidates: Sequence[Found]) -> str | None:
+    """Which of the user's own calibrations of one kernel is used, and why; None of fewer than two.
+
+    Args:
+        candidates: calibrations of one kernel, as ``matching`` orders them.
+
+    """
+    own = [found for found in candidates if found.origin == MEASURED_HERE]
+    if len(own) < 2:
+        return None
+    (unnamed, age, _), (next_unnamed, next_age, _) = _order(own[0]), _order(own[1])
+    if unnamed != next_unnamed:
+        why = "it names the engine"
+    elif age != next_age:
+        why = f"the newest, {own[0].data.get('date')}"
+    else:
+        why = "the first by name: their dates are alike"
+    others = ", ".join(found.name for found in own[1:])
+    return (
+        f"calibration {own[0].name} of your own folder is used ({why}), not {others}: --calibration FILE takes another"
+    )
+
+
+def _order(found: Found) -> tuple[bool, int, str]:
+    """What comes first: an engine that is named, then the later date (none is the oldest), then the name."""
+    try:
+        day = datetime.date.fromisoformat(str(found.data.get("date"))).toordinal()
+    except ValueError:
+        day = 0
+    return found.data.get("engine") is None, -day, found.name
 
 
 def _matches(data: Mapping[str, Any], kind: str, gpu: str, engine: str) -> bool:

@@ -44,7 +44,8 @@ def calibrate_command(
 
     Columns: batch_size, context_tokens, num_q_heads, num_kv_heads, head_dim, window_tokens, kv_dtype, latency_s;
     optional head_dim_v, scale_granularity, kernel_source. At least 8 samples a KV dtype; 32 spread over batches and
-    contexts are good. Put the file in ~/.config/kvplan/calibrations to use it.
+    contexts are good. Put the file in ~/.config/kvplan/calibrations to use it; of several there for one GPU and engine,
+    the newest is used and the others are named.
 
     Example: kvplan calibrate samples.csv --gpu h200 -o h200.json --evaluate all.csv --predictions out.csv
     """

@@ -14,10 +14,12 @@ from kvplan.document.question import Question
 from kvplan.document.words import seconds, users
 from kvplan.errors import InputError
 from kvplan.gpu import GpuSpec
+from kvplan.latency.kv import found_calibrations, is_latent
 from kvplan.latency.lines import ItlLine, traffic_of
 from kvplan.latency.plan import DEFINITIONS
 from kvplan.latency.planner import plan_points
 from kvplan.latency.request import Point
+from kvplan.latency.served import Served
 from kvplan.memory.explain import explained
 from kvplan.memory.plan import SizePlan
 from kvplan.memory.request import Source
@@ -142,19 +144,19 @@ def fingerprints_of(plans: Plans) -> list[Fingerprint]:
     if gpu.name in profiles.names("gpus"):
         files.append(("GPU profile", gpu.name, profiles.ROOT / "gpus" / f"{gpu.name}.json"))
     if plans.line is not None:
-        files += _calibrations(question, gpu, plans.setup.engine.name)
+        files += _calibrations(question, plans.line.served)
     if question.measured is not None:
         files += [("measurement", f"{question.measured.name}/{file}", question.measured / file)
                   for file in ("samples.jsonl", "steps.jsonl") if (question.measured / file).is_file()]  # fmt: skip
     return [Fingerprint(kind=kind, name=shown, sha256=_sha256(file)) for kind, shown, file in files]
 
 
-def _calibrations(question: Question, gpu: GpuSpec, engine: str) -> list[tuple[str, str, Path]]:
+def _calibrations(question: Question, served: Served) -> list[tuple[str, str, Path]]:
     found = [("calibration", "serving", profiles.ROOT / "calibrations" / "serving.json")]
     if question.calibration is not None:
         return [*found, ("calibration", question.calibration, Path(question.calibration))]
-    kernel = store.find("attention", gpu.name, engine)
-    if kernel is not None:
+    engine, latent = served.setup.engine.name, is_latent(served.model)
+    for kernel in found_calibrations(served.gpu.name, engine, latent, served.latent_heads)[:1]:
         shipped = profiles.ROOT / "calibrations" / f"{kernel.name}.json"
         found.append(("calibration", kernel.name, shipped if kernel.origin == store.SHIPPED else Path(kernel.where)))
     return found

@@ -6,6 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from kvplan.calibration import store
 from kvplan.dtypes import kv_format
 from kvplan.errors import InputError
 from kvplan.gpu import GpuSpec, load_gpu
@@ -69,26 +70,40 @@ def given_calibration(
     return latent_calibration(gpu_name, engine, heads, path)
 
 
-def calibration_note(
-    gpu_name: str, engine: str, path: str | None, latent: bool = False, heads: int | None = None
-) -> str | None:
-    """What to say of a calibration that is not of ``engine``'s own kernels; None where nothing is to say.
+def found_calibrations(gpu_name: str, engine: str, latent: bool, heads: int | None) -> list[store.Found]:
+    """Files of calibrations of a model's attention that were not given, the one that is used first.
+
+    Raises:
+        ProfileError: a file of the user's folder is no calibration.
+
+    """
+    from kvplan.calibration.latent import matching_latent
+
+    if not latent:
+        return list(store.matching("attention", gpu_name, engine))
+    return [] if heads is None else [found for found, _ in matching_latent(gpu_name, engine, heads)]
+
+
+def calibration_notes(gpu_name: str, engine: str, path: str | None, latent: bool, heads: int | None) -> list[str]:
+    """What to say of a calibration that is one of several, or not of ``engine``'s own kernels.
 
     Raises:
         InputError, ProfileError: ``path`` is given and not one of this GPU and attention; see ``given_calibration``.
 
     """
-    from kvplan.calibration import store
-
     if path is not None:
         given = given_calibration(path, gpu_name, engine, latent, heads)
-        what, of = "the calibration given", None if given is None else given.engine
+        notes = [None if given is None else _foreign_note("the calibration given", given.engine, gpu_name, engine)]
     else:
-        found = store.find("attention", gpu_name, engine)
-        if found is None:
-            return None
-        what, of = f"calibration {found.name} of your own folder", str(found.data.get("engine") or "")
-    if of is None or of == engine:
+        candidates = found_calibrations(gpu_name, engine, latent, heads)
+        own = [(f"calibration {each.name} of your own folder", each.data.get("engine") or "") for each in candidates]
+        notes = [store.choice_note(candidates), *(_foreign_note(*each, gpu_name, engine) for each in own[:1])]
+    return [note for note in notes if note is not None]
+
+
+def _foreign_note(what: str, of: str, gpu_name: str, engine: str) -> str | None:
+    """What to say of a calibration of the kernels ``of`` some engine, maybe unnamed; None where it is the same."""
+    if of == engine:
         return None
     if of:
         return f"{what} is of {of} kernels: {engine} reaches it with kernels as good"

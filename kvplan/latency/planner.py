@@ -10,7 +10,7 @@ import numpy as np
 from kvplan.errors import InputError, KvplanError, shorten
 from kvplan.latency.intervals import Interval, point_intervals
 from kvplan.latency.kv import attention_calibration, is_latent
-from kvplan.latency.latent import LATENT_ELEMENTS, latent_calibration, latent_heads
+from kvplan.latency.latent import LATENT_ELEMENTS, latent_calibration
 from kvplan.latency.load import load_state
 from kvplan.latency.parameters import serving_calibration
 from kvplan.latency.plan import Breakdown, DeploymentFacts, ItlPlan, Load
@@ -144,8 +144,7 @@ def _latent_kv_stream(served: Served) -> float | None:
 
 def _given_latent(served: Served) -> LatentCalibration | None:
     """The calibration of latent attention that was given."""
-    heads = latent_heads(served.model, served.deployment.attention_tp_size, served.plan.dcp_size)
-    path = served.request.calibration
+    heads, path = served.latent_heads, served.request.calibration
     if heads is None or path is None:
         return None
     return latent_calibration(served.gpu.name, served.setup.engine.name, heads, path)

@@ -16,7 +16,7 @@ from kvplan.deployment import Deployment, resolve_deployment
 from kvplan.errors import InputError, shorten
 from kvplan.gpu import GpuSpec, resolve_gpu
 from kvplan.latency.capacity import Ints, max_batches
-from kvplan.latency.kv import KvSpeed, assumed_kv_dtype, calibration_note, is_latent, kv_speed
+from kvplan.latency.kv import KvSpeed, assumed_kv_dtype, calibration_notes, is_latent, kv_speed
 from kvplan.latency.latent import latent_bytes_ratio, latent_heads
 from kvplan.latency.parameters import Traits
 from kvplan.latency.request import ItlRequest, resolve_model_or_sibling
@@ -93,6 +93,11 @@ class Served:
         """The GPU."""
         assert self.setup.gpu is not None
         return self.setup.gpu
+
+    @property
+    def latent_heads(self) -> int | None:
+        """Query heads of a rank where the model's attention is plain latent attention throughout; else None."""
+        return latent_heads(self.model, self.deployment.attention_tp_size, self.plan.dcp_size)
 
     @property
     def told(self) -> bool:
@@ -262,9 +267,7 @@ def serve(request: ItlRequest) -> Served:
     heads = latent_heads(model, deployment.attention_tp_size, plan.dcp_size)
     speed = kv_speed(setup.gpu.name, engine, stored, is_latent(model), request.calibration, heads,
                      latent_bytes_ratio(model, traffic.kv[0].bytes_per_state))  # fmt: skip
-    if request.calibration is not None or not is_latent(model):
-        why = calibration_note(setup.gpu.name, engine, request.calibration, is_latent(model), heads)
-        notes += [why] if why else []
+    notes += calibration_notes(setup.gpu.name, engine, request.calibration, is_latent(model), heads)
     shown = replace(size, model=model.name, gpu=setup.gpu.name, engine=engine, engine_version=plan.version,
                     weight_dtype=stored_format(model, dtype), kv_cache_dtype=stored,
                     block_size_tokens=plan.block_size_tokens)  # fmt: skip

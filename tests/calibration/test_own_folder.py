@@ -60,6 +60,48 @@ def test_a_given_file_without_an_engine_is_named_in_the_source(tmp_path: Path, k
     ]
 
 
+def of_day(folder: Path, name: str, date: str, **fields: object) -> None:
+    document = dict(profiles.load("calibrations", "attention-h200-vllm")) | {"name": name, "date": date} | fields
+    (folder / f"{name}.json").write_text(json.dumps(document))
+
+
+def test_of_two_files_the_newest_is_used_and_named(folder: Path, kvplan_cli: Callable[..., Ran]):
+    of_day(folder, "a-spring", "2026-03-01")
+    of_day(folder, "b-autumn", "2026-10-30")
+    found = kvplan_cli(*ITL).json
+    assert found["notes"] == [
+        "calibration b-autumn of your own folder is used (the newest, 2026-10-30), not a-spring: --calibration FILE "
+        "takes another"
+    ]
+    assert "calibration b-autumn (" in found["slope_ratio_detail"]
+    given = kvplan_cli(*ITL, "--calibration", str(folder / "a-spring.json")).json
+    assert given["notes"] == [] and "calibration a-spring (" in given["slope_ratio_detail"]
+
+
+def test_a_file_that_names_the_engine_comes_before_a_newer_one_that_does_not(folder: Path, kvplan_cli):
+    of_day(folder, "a", "2026-10-30", engine=None)
+    of_day(folder, "b", "2026-03-01")
+    (note,) = kvplan_cli(*ITL).json["notes"]
+    assert note.startswith("calibration b of your own folder is used (it names the engine), not a:")
+
+
+@pytest.mark.parametrize("dates", [("2026-10-30", "2026-10-30"), ("lately", "lately")])
+def test_of_one_date_the_first_by_name_is_used_and_named(folder: Path, kvplan_cli, dates: tuple[str, str]):
+    of_day(folder, "a", dates[0])
+    of_day(folder, "b", dates[1])
+    (note,) = kvplan_cli(*ITL).json["notes"]
+    assert note.startswith("calibration a of your own folder is used (the first by name: their dates are alike), not b:")
+
+
+def test_the_report_rests_on_the_file_that_is_used(folder: Path, kvplan_cli: Callable[..., Ran], tmp_path: Path):
+    of_day(folder, "a-spring", "2026-03-01")
+    of_day(folder, "b-autumn", "2026-10-30")
+    words = ("report", "--model", "8b", "--gpu", "h200", "--ctx", "8k", "-o", str(tmp_path / "report.json"))
+    assert kvplan_cli(*words).code == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [f["name"] for f in report["fingerprints"] if f["kind"] == "calibration"] == ["serving", "b-autumn"]
+
+
 def test_the_shipped_calibration_needs_no_note(folder: Path, kvplan_cli: Callable[..., Ran]):
     assert kvplan_cli(*ITL).json["notes"] == []
 
