@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -221,14 +222,20 @@ def _too_few(text: str, points: Points, have: Points | None) -> InputError:
 
 
 def _next(have: Points | None) -> str:
-    """What to measure: batches and contexts that are not there yet."""
-    batches, contexts = (1, 8, 64, 256), (1024, 8192, 32768, 131072)
+    """What to measure: batches and contexts that are not there yet, the cheapest among which there are enough."""
     seen = set() if have is None else {
         (int(b), int(c)) for b, c in zip(have.columns["batch_size"], have.columns["context_tokens"], strict=True)
     }  # fmt: skip
-    wanted = [(b, c) for c in contexts for b in batches if b * c <= 2**21 and (b, c) not in seen]
-    missing = MIN_SAMPLES - (0 if have is None else len(have))
-    spread = wanted[:: max(1, len(wanted) // max(missing, 1))][: max(missing, 1)]
+    known, missing = seen or {(1, 1024)}, MIN_SAMPLES - (0 if have is None else len(have))
+    wanted: list[tuple[int, int]] = []
+    for power in itertools.count(1):
+        steps = [4**k for k in range(power + 1)]
+        batches, contexts = (sorted({*v, *(max(v) * step for step in steps)}) for v in zip(*known, strict=True))
+        dearest = steps[-1] * max(b * c for b, c in known)
+        wanted = [(b, c) for c in contexts for b in batches if b * c <= dearest and (b, c) not in seen]
+        if len(wanted) >= missing:
+            break
+    spread = wanted[:: len(wanted) // missing][:missing]
     return "measure next: " + ", ".join(f"batch {b} × {c:,} tokens" for b, c in spread)
 
 

@@ -21,6 +21,7 @@ from kvplan.calibration.geometry import Geometry, default_head_dim_v
 from kvplan.dtypes import AUTO, canonical_kv_dtype
 from kvplan.errors import InputError, KvplanError, shorten
 from kvplan.gpu import GpuSpec
+from kvplan.units import format_bytes_per_s
 
 Array = NDArray[Any]
 MAX_FILE_BYTES = 512 * 2**20
@@ -163,7 +164,8 @@ def refuse_impossible(points: Points, rows: list[Row], gpu: GpuSpec) -> Points:
         Refused(
             rows[points.rows[i]].line,
             f"faster than {gpu.name} can be: {kv[i] / 1e6:,.0f} MB of KV, more than its {l2 / 1e6:,.0f} MB of L2, in "
-            f"{points.latency_s[i] * 1e6:,.1f} µs is {rate[i] / 1e12:.2f} TB/s against a peak of {peak / 1e12:.2f}",
+            f"{points.latency_s[i] * 1e6:,.1f} µs is {format_bytes_per_s(float(rate[i]))} against a peak of "
+            f"{format_bytes_per_s(peak)}",
         )
         for i in np.flatnonzero(bad)
     )]  # fmt: skip

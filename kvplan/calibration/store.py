@@ -151,8 +151,9 @@ def choice_note(candidates: Sequence[Found]) -> str | None:
 
 def _order(found: Found) -> tuple[bool, int, str]:
     """What comes first: an engine that is named, then the later date (none is the oldest), then the name."""
+    date = str(found.data.get("date"))
     try:
-        day = datetime.date.fromisoformat(str(found.data.get("date"))).toordinal()
+        day = datetime.date.fromisoformat(f"{date}-01" if date.count("-") == 1 else date).toordinal()
     except ValueError:
         day = 0
     return found.data.get("engine") is None, -day, found.name

@@ -28,6 +28,7 @@ def calibrate_run(folder: RunFolder, environment: Environment, roofline_bytes_pe
         document, predictor = fit_run(folder, gpu, environment.kvplan)
         path = store.user_folder() / f"{document['name']}.json"
         write_json(path, document, force=True)
+        folder.add("calibrations", {"path": str(path)})
     except KvplanError as error:
         hint = f" ({error.hint})" if error.hint else ""
         return CalibrationResult(None, gpu.name, f"{error.message}{hint}", None)

@@ -8,6 +8,7 @@
     roofline.jsonl      read rates
     samples.jsonl       one line a timed cell (``kvplan.samples``); `kvplan calibrate` reads it
     peers.jsonl         other implementations on the same cells
+    calibrations.jsonl  where a calibration of the samples was written
     corrupt.txt         lines of samples.jsonl that hold no sample, set aside with their numbers
     report.json         what --json prints, once the run is through
 """
@@ -81,12 +82,8 @@ class RunFolder:
         return found
 
     def has_calibrated(self) -> bool:
-        """Whether the run ended before, and wrote a calibration of its samples."""
-        try:
-            report = json.loads((self.path / "report.json").read_text(encoding="utf-8"))
-            return report["calibration"]["path"] is not None
-        except (OSError, ValueError, TypeError, KeyError):
-            return False
+        """Whether a calibration of the run's samples was ever written."""
+        return bool(self.records("calibrations"))
 
     def write_report(self, text: str) -> None:
         """Write ``report.json``."""

@@ -38,7 +38,7 @@ def show_fit(console: Console, document: Mapping[str, Any]) -> None:
         add_row(
             table, name, f"{entry['num_samples']:,}", format_seconds(entry["intercept_s"]),
             format_bytes_per_s(bandwidth), format_percent(bandwidth / peak, 0),
-            f"{entry['l2_bandwidth_bytes_per_s'] / 1e12:.1f} TB/s",
+            format_bytes_per_s(entry["l2_bandwidth_bytes_per_s"]),
             *(format_percent(residuals[key]) if residuals else "–" for key in ("median_error", "p90_error")),
         )  # fmt: skip
     console.print(table)

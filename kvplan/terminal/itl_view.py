@@ -12,7 +12,7 @@ from kvplan.latency.planner import collective_latency_s, kernel_kv_stream, param
 from kvplan.latency.step import stream_share
 from kvplan.terminal.plain import Page
 from kvplan.terminal.plot import PlotLine, draw
-from kvplan.units import format_bytes, format_percent, format_seconds, format_tokens
+from kvplan.units import format_bytes, format_bytes_per_s, format_percent, format_seconds, format_tokens
 
 LINK_NAMES = {"nvlink": "NVLink", "xgmi": "xGMI", "pcie": "PCIe"}
 
@@ -248,7 +248,7 @@ def _explain(page: Page, served: Served, plan: ItlPlan, label: str) -> None:
         (
             "weights",
             parts.weights_s,
-            f"{format_bytes(total)} read a step and GPU; {format_seconds(total / peak)} at {peak / 1e12:.2f} TB/s",
+            f"{format_bytes(total)} read a step and GPU; {format_seconds(total / peak)} at {format_bytes_per_s(peak)}",
         ),
         (
             "compute",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,29 @@ def test_fewer_than_eight_samples_say_what_to_measure_next(tmp_path):
     assert "measure next: batch" in raised.value.hint
     with pytest.raises(InputError, match="3 usable samples of fp8"):
         fit(write(tmp_path / "t.csv", [row(b, c) for b, c in GRID] + [row(b, c, "fp8") for b, c in GRID[:3]]))
+
+
+def test_what_to_measure_next_is_near_what_was_measured(tmp_path):
+    """Of a slow device: up to 4 times the dearest of its samples, 2 × 128 tokens, and none of them again."""
+    seen = [(b, c) for b in (1, 2) for c in (32, 64, 128)]
+    with pytest.raises(InputError) as raised:
+        fit(write(tmp_path / "s.csv", [[b, c, 64, 8, 128, 0, "bf16", 1e-3] for b, c in seen]))
+    hint = raised.value.hint
+    named = [(int(b), int(c.replace(",", ""))) for b, c in re.findall(r"batch (\d+) × ([\d,]+) tokens", hint)]
+    assert hint.startswith("measure next: ") and len(named) == 2 and not set(named) & set(seen)
+    assert all(b <= 8 and c <= 512 and b * c <= 4 * 2 * 128 for b, c in named)
+
+
+def test_a_slow_device_is_shown_in_gigabytes_a_second(tmp_path, kvplan_cli):
+    """A CPU: KV, and what its cache holds, at 20 and 60 GB/s."""
+    document, _ = fit(write(tmp_path / "s.csv", [row(b, c) for b, c in GRID]))
+    document["kv_dtypes"]["bfloat16"] |= {
+        "effective_bandwidth_bytes_per_s": 2e10, "l2_bandwidth_bytes_per_s": 6e10,
+    }  # fmt: skip
+    (tmp_path / "slow.json").write_text(json.dumps(document))
+    shown = kvplan_cli("profiles", "show", str(tmp_path / "slow.json"), width=120).out
+    line = next(line for line in shown.splitlines() if line.startswith("bfloat16 "))
+    assert "20.00 GB/s" in line and "60.00 GB/s" in line and "TB/s" not in line
 
 
 def test_corrupt_lines_are_set_aside_and_named(tmp_path):

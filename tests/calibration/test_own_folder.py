@@ -66,7 +66,7 @@ def of_day(folder: Path, name: str, date: str, **fields: object) -> None:
 
 
 def test_of_two_files_the_newest_is_used_and_named(folder: Path, kvplan_cli: Callable[..., Ran]):
-    of_day(folder, "a-spring", "2026-03-01")
+    of_day(folder, "a-spring", "2026-03")
     of_day(folder, "b-autumn", "2026-10-30")
     found = kvplan_cli(*ITL).json
     assert found["notes"] == [
@@ -90,7 +90,9 @@ def test_of_one_date_the_first_by_name_is_used_and_named(folder: Path, kvplan_cl
     of_day(folder, "a", dates[0])
     of_day(folder, "b", dates[1])
     (note,) = kvplan_cli(*ITL).json["notes"]
-    assert note.startswith("calibration a of your own folder is used (the first by name: their dates are alike), not b:")
+    assert note.startswith(
+        "calibration a of your own folder is used (the first by name: their dates are alike), not b:"
+    )
 
 
 def test_the_report_rests_on_the_file_that_is_used(folder: Path, kvplan_cli: Callable[..., Ran], tmp_path: Path):

@@ -83,6 +83,28 @@ def test_a_run_gates_times_reports_and_calibrates(run: Cli, tmp_path: Path) -> N
     assert not [key for key in keys if key.endswith(("_ms", "_us", "_gb", "_gib"))]
 
 
+def test_a_finished_run_that_is_resumed_says_that_it_calibrated_before(run: Cli, tmp_path: Path) -> None:
+    note = "this run has written a calibration before"
+    first = run(*TINY, "-o", "r", "--json")
+    assert first.json["calibration"]["path"] is not None and note not in " ".join(first.json["notes"])
+    samples = (tmp_path / "r" / "samples.jsonl").read_text()
+    for _ in range(2):  # the second time nothing but the first says that it did
+        again = run("--resume", "r", "--no-calibrate", "--json")
+        assert again.json["prediction"]["kind"] == "calibrated" and note in " ".join(again.json["notes"])
+    assert note in " ".join(run("--resume", "r", "--no-calibrate").out.split())
+    assert (tmp_path / "r" / "samples.jsonl").read_text() == samples
+
+
+def test_a_run_goes_on_with_the_device_it_was_started_on(run: Cli) -> None:
+    """It is known from the folder, and stating it beside --resume is refused."""
+    assert run(*TINY, "-o", "r", "--no-calibrate").code == 0
+    again = run("--resume", "r", "--no-calibrate", "--json")
+    assert again.code == 0 and again.json["request"]["device"] == "cpu"
+    both = run("--resume", "r", "--device", "cpu")
+    assert (both.code, both.out) == (2, "")
+    assert "--resume goes on with what the folder says: --device cannot change it (leave out --device)" in both.err
+
+
 def test_the_next_run_is_held_against_the_calibration_of_the_first(run: Cli) -> None:
     first = run(*TINY, "-o", "first", "--json")
     assert first.code == 0, first.err
@@ -479,6 +501,7 @@ def test_a_whole_step_of_a_dense_model_is_timed_and_gone_on_with(run: Cli, tmp_p
     assert again.code == 0, again.err
     assert (tmp_path / "r" / "steps.jsonl").read_text() == records
     assert "Whole decode step: " in again.out
+    assert again.out.count(", R² ") == 2, "each line goes through three contexts"
 
 
 def test_a_whole_step_with_fp8_weights_reads_half_the_bytes_of_its_layers(run: Cli, tmp_path: Path) -> None:
@@ -491,7 +514,9 @@ def test_a_whole_step_with_fp8_weights_reads_half_the_bytes_of_its_layers(run: C
     assert ran.json["steps"]["weight_dtype"] == "fp8"
     assert ran.json["steps"]["weight_bytes"] == 720_896
     assert [row["context_tokens"] for row in ran.json["steps"]["rows"]] == [32, 64]
-    assert "random fp8 weights" in run("--resume", "r", "--no-calibrate").out
+    shown = run("--resume", "r", "--no-calibrate").out
+    assert "random fp8 weights" in shown
+    assert "per 1k tokens of context" in shown and "R²" not in shown, "two points are always on a line"
 
 
 def test_weights_of_attention_alone_or_of_an_unknown_format_are_refused(run: Cli) -> None:
