@@ -55,7 +55,8 @@ def launches_of(setup: Setup, cache: CachePlan, *, fits: bool) -> list[Launch]:
     names = sorted(makers, key=lambda name: name != planned)
     found = []
     for name in names:
-        refusal = split_refusal(setup.model, name, setup.split, setup.request.weight_dtype)
+        version = setup.options.version if name == planned else None
+        refusal = split_refusal(setup.model, name, setup.split, setup.request.weight_dtype, version)
         command, notes = makers[name](setup, cache.kv_cache_dtype, users)
         if refusal is not None:
             command, notes = None, [f"no launch line: {refusal}"]

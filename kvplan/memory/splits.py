@@ -1,19 +1,30 @@
 """Splits of weights over ranks that an engine refuses when it starts, whatever the memory.
 
-Sources: vLLM 0.33 ``model_executor/layers/`` ``linear.py`` and ``fused_moe/config.py`` (shares are whole) and
-``quantization/utils/fp8_utils.py`` ``validate_fp8_block_shape`` (scales of experts are refined instead,
-``fused_moe/oracle/fp8.py``); SGLang 0.5.5 to 0.5.23 ``layers/quantization/fp8.py``.
+Sources: vLLM (wheels of 0.26 to 0.33) ``model_executor/layers/`` ``linear.py`` and ``fused_moe/config.py`` (shares are
+whole), ``quantization/utils/fp8_utils.py`` ``validate_fp8_block_shape``, ``quantization/auto_awq.py``,
+``utils/marlin_utils.py`` and ``compressed_tensors`` (groups are whole). Of experts ``quantization/fp8.py`` wants whole
+blocks up to 0.28; since 0.29 ``fused_moe/oracle/fp8.py`` ``refine_fp8_moe_block_shape``, and ``moe_wna16.py`` all
+along, refine scales to a block that divides all. SGLang 0.5.5 to 0.5.23 ``layers/quantization/``: ``fp8.py`` (whole
+blocks), ``awq``, ``gptq`` and ``moe_wna16.py``.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from math import gcd
 from typing import NamedTuple
 
+from kvplan.dtypes import WeightFormat
 from kvplan.model_config.types import ModelConfig, Weight
 from kvplan.weights import format_of
 
 UNCHECKED_ROLES = ("vision", "mtp")
+GROUPED = ("int4", "int4_symmetric")
+"""Formats of AWQ, GPTQ and weight-only compressed-tensors, whose scales are of groups of columns."""
+
+VLLM_REFINES_SINCE = (0, 29)
+FINEST = 32
+"""The finest block that scales of experts are refined to."""
 
 
 class Split(NamedTuple):
@@ -25,7 +36,8 @@ class Split(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def split_refusal(model: ModelConfig, engine: str, split: Split, weight_dtype: str | None = None) -> str | None:
+def split_refusal(model: ModelConfig, engine: str, split: Split, weight_dtype: str | None = None,
+                  version: tuple[int, ...] | None = None) -> str | None:  # fmt: skip
     """Why ``engine`` does not start with the weights of ``model`` split so; None where nothing is known against it."""
     if engine == "generic" or max(split.tp_size, split.expert_ranks) == 1:
         return None
@@ -39,13 +51,26 @@ def split_refusal(model: ModelConfig, engine: str, split: Split, weight_dtype: s
         where = f"{weight.shape[axis]:,} {'columns' if axis else 'rows'} of {weight.name}"
         if weight.shape[axis] % ranks:
             return f"the {where} do not divide by {ranks} ranks"
-        is_checked = engine == "sglang" or (engine == "vllm" and weight.sharding == "row")
-        stored = format_of(model, weight, index, weight_dtype) if is_checked else None
-        block, mine = None if stored is None else stored.block, weight.shape[axis] // ranks
-        if block is not None and mine % block[axis]:
-            return (f"{engine} splits FP8 weights by whole blocks of {block[axis]}, and the {where} are {mine:,} on "
-                    f"each of {ranks} ranks")  # fmt: skip
+        stored, mine = format_of(model, weight, index, weight_dtype), weight.shape[axis] // ranks
+        whole = None if stored is None else _whole(engine, weight, stored, axis)
+        if stored is None or whole is None or mine % whole == 0:
+            continue
+        refines = weight.sharding == "expert" and (
+            stored.block is None or (engine == "vllm" and (version is None or version >= VLLM_REFINES_SINCE))
+        )
+        if not refines or gcd(whole, mine, *weight.shape) < FINEST:
+            what = f"FP8 weights by whole blocks of {whole}" if stored.block else f"4-bit weights by groups of {whole}"
+            finer = f" or a finer one of {FINEST} at least" if refines else ""
+            return f"{engine} splits {what}{finer}, and the {where} are {mine:,} on each of {ranks} ranks"
     return None
+
+
+def _whole(engine: str, weight: Weight, stored: WeightFormat, axis: int) -> int | None:
+    """Elements along ``axis`` that share a scale, of which a rank must have all; None where that was not read."""
+    if stored.block is not None:
+        checked = engine == "sglang" or (engine == "vllm" and weight.sharding in ("row", "expert"))
+        return stored.block[axis] if checked else None
+    return stored.group if stored.name in GROUPED and axis == 1 and engine in ("vllm", "sglang") else None
 
 
 def redundant_experts(model: ModelConfig, split: Split) -> int:

@@ -542,6 +542,35 @@ def test_an_engine_that_refuses_the_split_has_no_command_but_a_reason() -> None:
     assert " --ep-size 8 " in launched("sglang", model="qwen3-235b-a22b-fp8", gpu="h200", tp_size=8, ep=True)
 
 
+@pytest.mark.parametrize(
+    ("engine", "version", "starts"), [("vllm", "0.28", False), ("vllm", "0.29", True), ("vllm", None, True),
+                                      ("sglang", None, False)],
+)  # fmt: skip
+def test_vllm_splits_a_block_of_expert_scales_since_0_29(engine: str, version: str | None, starts: bool) -> None:
+    """MiniMax M2.5, 1,536 / 8: vLLM 0.25 stopped, "192 is not divisible by weight quantization block_n = 128"."""
+    asked: dict[str, Any] = {"model": "minimax-m2.5", "gpu": "h200", "tp_size": 8, "context_tokens": 8192}
+    asked |= {"engine": engine, "engine_version": version}
+    if starts:
+        assert kvplan.size(**asked).fits is True
+    else:
+        with pytest.raises(KvplanError, match=r"whole blocks of 128, and the 1,536 rows .* are 192 on each of 8 ranks"):
+            kvplan.size(**asked)
+    assert kvplan.size(**asked, ep=True).fits is True
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_groups_of_four_bit_weights_are_split_whole(engine: str) -> None:
+    """29,568 / 8 = 3,696 columns are 28.9 groups of 128: "not aligned with the quantized weight shape" (vllm#13980)."""
+    asked: dict[str, Any] = {"model": "qwen2.5-72b", "gpu": "h100", "context_tokens": 8192, "engine": engine}
+    with pytest.raises(KvplanError, match=r"groups of 128, and the 29,568 columns of mlp\.down_proj are 3,696"):
+        kvplan.size(**asked, tp_size=8, weight_dtype="awq")
+    assert kvplan.size(**asked, tp_size=2, weight_dtype="fp8").fits is True
+    assert kvplan.size(**asked, tp_size=1, weight_dtype="awq").fits is True
+    # experts are refined to groups of 32 at least: 768 / 8 = 96 has such a divisor
+    moe = {"model": "qwen3-30b-a3b", "gpu": "h100", "context_tokens": 8192, "engine": engine, "weight_dtype": "awq"}
+    assert kvplan.size(**moe, tp_size=8).fits is True
+
+
 def test_replicas_are_started_with_a_limit_each() -> None:
     asked: dict[str, Any] = {"model": "8b", "gpu": "h200", "dp_size": 8, "concurrency": 64}
     assert " --dp-size 8 --context-length 8192 --max-running-requests 8 " in launched("sglang", **asked)
