@@ -123,6 +123,36 @@ def _won(asked: dict[str, Any], fix: str) -> dict[str, Any]:
     return found
 
 
+def test_the_requests_that_advice_promises_are_held_when_it_is_followed() -> None:
+    """DCP, pools and fewer tokens in flight: whole requests, the memory that a higher limit takes counted."""
+    flags = {"DCP": "dcp_size"} | {
+        f"--{name.replace('_', '-')}": name
+        for name in ("swa_full_tokens_ratio", "mamba_full_memory_ratio", "max_num_batched_tokens")
+    }
+    source, seen = random.Random(5), Counter[str]()
+    models = ["deepseek-v3", "qwen3-235b-a22b", "gemma-4-31b", "nemotron-h-56b", "gpt-oss-120b", "qwen3-next-80b-a3b"]
+    for _ in range(60):
+        asked: dict[str, Any] = {
+            "model": source.choice(models), "gpu": source.choice(["h100", "h200", "b200"]),
+            "engine": source.choice(["vllm", "sglang"]), "tp_size": source.choice([2, 8, 16]),
+            "context_tokens": source.choice([1000, 8192, 20_000, 100_000]),
+        }  # fmt: skip
+        try:
+            plan = kvplan.size(**asked)
+        except KvplanError:
+            continue
+        for advice in plan.advice:
+            promised = re.search(r"(\S+) ([\d.]+) wins .*\(([\d,]+) requests? instead of ([\d,]+)\)", advice.message)
+            if promised is None:
+                continue
+            flag, value, then, now = promised.groups()
+            change = {flags[flag]: float(value) if "ratio" in flag else int(value)}
+            held = kvplan.size(**asked, **change).answers.max_batch_at_context
+            assert (plan.answers.max_batch_at_context, held) == (int(now.replace(",", "")), int(then.replace(",", "")))
+            seen[advice.code] += 1
+    assert min(seen[code] for code in ("replicated_heads", "pool_split", "in_flight_reserve")) > 2, seen
+
+
 def test_what_the_waste_ledger_says_is_won_is_won() -> None:
     source, models = random.Random(2), list(names("models"))
     tried: Counter[str] = Counter()

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from kvplan.advice.pools import WORTH_SAYING, better_split
 from kvplan.dtypes import kv_format
 from kvplan.errors import KvplanError
 from kvplan.memory.cache_plan import CachePlan
+from kvplan.memory.limits import holds_with
 from kvplan.memory.plan import Advice, FormatRow, SizePlan
 from kvplan.memory.setup import Setup, cache_plan
 from kvplan.model_config import AttentionCache
-from kvplan.units import format_percent, format_ratio, format_tokens
+from kvplan.units import format_count, format_percent, format_ratio, format_tokens
 
 NEARLY = 0.97
 
@@ -32,9 +34,18 @@ def replication(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[Adv
         yield Advice(code="replicated_heads", message=f"{base}; data-parallel attention would not")
         return
     now, then = plan.bytes_per_request(setup.context_tokens), other.bytes_per_request(setup.context_tokens)
-    gain = now / then
+    gain, dcp = now / then, plan.dcp_size * copies
+    won = _won(setup, answer, {"dcp_size": dcp})
     yield Advice(code="replicated_heads", gain=gain,
-                 message=f"{base}: DCP {plan.dcp_size * copies} wins {format_ratio(gain)} capacity")  # fmt: skip
+                 message=f"{base}: DCP {dcp} wins {format_ratio(gain)} capacity{won}")  # fmt: skip
+
+
+def _won(setup: Setup, answer: SizePlan, edits: dict[str, Any]) -> str:
+    """What following advice comes to in whole requests; empty where memory is unknown, or no more of them run."""
+    now, then = answer.answers.max_batch_at_context, holds_with(setup, edits)
+    if now is None or then is None or then.requests <= now:
+        return ""
+    return f" ({format_count(then.requests, 'request')} instead of {now:,})"
 
 
 def _sharded(setup: Setup, dcp_size: int) -> CachePlan | None:
@@ -114,7 +125,8 @@ def in_flight(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[Advic
         yield Advice(
             code="in_flight_reserve", gain=gain,
             message=f"each window reserves {format_tokens(plan.tokens_in_flight)} tokens in flight: "
-            f"--max-num-batched-tokens 2048 wins {format_ratio(gain)} capacity, for slower prefill",
+            f"--max-num-batched-tokens 2048 wins {format_ratio(gain)} capacity"
+            f"{_won(setup, answer, {'max_num_batched_tokens': 2048})}, for slower prefill",
         )  # fmt: skip
 
 
@@ -125,7 +137,8 @@ def pool_split(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[Advi
         yield Advice(
             code="pool_split", gain=found.gain,
             message=f"requests of {format_tokens(setup.context_tokens)} tokens fill one pool and leave room in "
-            f"another: {found.flag} wins {format_ratio(found.gain)} capacity, with less kept of other prefixes",
+            f"another: {found.flag} wins {format_ratio(found.gain)} capacity"
+            f"{_won(setup, answer, {found.field: found.ratio})}, with less kept of other prefixes",
         )  # fmt: skip
 
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from kvplan.advice.pools import better_split
 from kvplan.document.parts import Segment, SegmentKind, Waste
 from kvplan.document.plans import Plans
-from kvplan.errors import KvplanError
-from kvplan.memory.cache_plan import CachePlan
 from kvplan.memory.ledger import LABELS, waste_ledger
-from kvplan.memory.limits import longest_held, most_held
+from kvplan.memory.limits import Holds, holds_with, longest_held, most_held
 from kvplan.memory.request import Source
-from kvplan.memory.setup import Setup, budget_of, cache_plan, set_up, weights_of
 from kvplan.units import format_count, format_tokens
 
 WORTH = 1.0005
@@ -116,20 +112,6 @@ def waste_of(plans: Plans, segments: list[Segment]) -> list[Waste]:
     return sorted(found, key=lambda waste: -waste.bytes)
 
 
-class Holds(NamedTuple):
-    """What a plan holds at the report's context: users, and the same before rounding down to whole ones."""
-
-    users: int
-    fractional: float
-
-    @classmethod
-    def of(cls, setup: Setup, cache: CachePlan, available_bytes: int) -> Holds:
-        """What ``cache`` holds of ``setup``'s context in ``available_bytes`` of each GPU."""
-        room, replicas = max(available_bytes, 0), setup.num_replicas
-        needed = cache.bytes_per_request(setup.context_tokens)
-        return cls(most_held(setup, cache, room) * replicas, replicas * room / needed)
-
-
 def _line(plans: Plans, now: Holds, line: tuple[str, str, int]) -> Waste:
     name, label, size = line
     share = size / (plans.size.memory.total_bytes or 1)
@@ -137,7 +119,7 @@ def _line(plans: Plans, now: Holds, line: tuple[str, str, int]) -> Waste:
         return _unused(plans, size, share)
     best: tuple[Holds, str] | None = None
     for remedy in _remedies(plans, name):
-        then = _holds_with(plans.setup, remedy.edits)
+        then = holds_with(plans.setup, remedy.edits)
         if then is not None and then.fractional > now.fractional * WORTH and (best is None or then > best[0]):
             best = (then, remedy.words)
     note = REASONS.get("set_aside" if name == "reserve" and plans.setup.engine.fraction_of == "static" else name, "")
@@ -145,7 +127,7 @@ def _line(plans: Plans, now: Holds, line: tuple[str, str, int]) -> Waste:
         return Waste(name=name, label=label, bytes=size, share=share, note=note)
     then, words = best
     gain = then.fractional / now.fractional - 1 if now.fractional else None
-    return Waste(name=name, label=label, bytes=size, share=share, fix=words, wins_users=then.users - now.users,
+    return Waste(name=name, label=label, bytes=size, share=share, fix=words, wins_users=then.requests - now.requests,
                  wins_capacity=gain, note=note)  # fmt: skip
 
 
@@ -194,14 +176,3 @@ def _remedies(plans: Plans, name: str) -> list[Remedy]:
         if cache.block_size_tokens > 16:
             found.append(Remedy("--block-size 16", {"block_size_tokens": 16}))
     return found
-
-
-def _holds_with(setup: Setup, edits: dict[str, Any]) -> Holds | None:
-    """What is held at the same context with the request changed; None when that cannot be planned."""
-    try:
-        other = set_up(replace(setup.request, **edits))
-        plan = cache_plan(other)
-        available = budget_of(other, weights_of(other)).kv_bytes
-    except KvplanError:
-        return None
-    return None if available is None else Holds.of(other, plan, available)

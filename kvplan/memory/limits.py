@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any, NamedTuple
 
+from kvplan.errors import KvplanError
 from kvplan.memory.cache_plan import CachePlan
-from kvplan.memory.setup import Setup, budget_of, weights_of
+from kvplan.memory.setup import Setup, budget_of, cache_plan, set_up, weights_of
 
 UNCLAIMED_CONTEXT = 2**20
 """The longest context that is looked for where a model claims none."""
@@ -86,3 +88,31 @@ def most_held(setup: Setup, plan: CachePlan, available_bytes: int, context_token
         middle = (low + most + 1) // 2
         low, most = (middle, most) if held_with(middle) >= middle else (low, middle - 1)
     return setup.at_once(low)
+
+
+class Holds(NamedTuple):
+    """What a plan holds at its context, over all replicas: requests, and the same before rounding down to whole ones.
+
+    What runs at once, and the memory that many take, is in ``requests`` only.
+    """
+
+    requests: int
+    fractional: float
+
+    @classmethod
+    def of(cls, setup: Setup, plan: CachePlan, available_bytes: int) -> Holds:
+        """What ``plan`` holds of ``setup``'s context in ``available_bytes`` of each GPU."""
+        room, replicas = max(available_bytes, 0), setup.num_replicas
+        needed = plan.bytes_per_request(setup.context_tokens)
+        return cls(most_held(setup, plan, room) * replicas, replicas * room / needed)
+
+
+def holds_with(setup: Setup, edits: dict[str, Any]) -> Holds | None:
+    """What is held at the same context with fields of the request changed; None when that cannot be planned."""
+    try:
+        other = set_up(replace(setup.request, **edits))
+        plan = cache_plan(other)
+        available = budget_of(other, weights_of(other)).kv_bytes
+    except KvplanError:
+        return None
+    return None if available is None else Holds.of(other, plan, available)
