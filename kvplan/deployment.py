@@ -43,9 +43,9 @@ class Deployment:
         return self.tp_group_size * self.pp_size * self.num_replicas
 
     @property
-    def is_wide(self) -> bool:
-        """Whether attention data parallelism spans more GPUs than an 8-GPU node (wide expert parallelism)."""
-        return self.attention_dp_size > 1 and self.tp_group_size > NVLINK_NODE_GPUS
+    def is_beyond_node(self) -> bool:
+        """Whether one stage spans more GPUs than an 8-GPU node."""
+        return self.tp_group_size > NVLINK_NODE_GPUS
 
     def describe(self) -> str:
         """``TP 4``, ``attention TP 1 × DP 8, EP 8``."""

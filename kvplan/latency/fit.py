@@ -92,7 +92,7 @@ def observe(served: Sequence[Served], points: Sequence[tuple[float, float, float
 
 def _log_times(phi: Floats, data: Observations) -> Floats:
     times = load_times({name: phi[:, j] for j, name in enumerate(NAMES)}, data.step, data.load)
-    return np.concatenate([np.log(times.tpot_s), np.log(times.ttft_s)])
+    return np.concatenate([np.log(times.tpot_s), np.log(times.ttft_s * times.burst)])
 
 
 def predict(design: Design, beta: Floats, data: Observations) -> Floats:

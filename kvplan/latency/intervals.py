@@ -16,7 +16,7 @@ OUT_OF_RANGE_WIDENING = 1.25
 
 
 class Interval(NamedTuple):
-    """Factors on a prediction, per point; ``ttft_low`` and ``ttft_high`` are [exact lengths, spread lengths]."""
+    """Factors on a prediction, per point; of TTFT a row for exact lengths and one for spread ones."""
 
     low: Floats
     high: Floats
@@ -28,8 +28,8 @@ class Interval(NamedTuple):
 def point_intervals(served: Served, sequences: Floats, context_tokens: Floats) -> Interval:
     """The interval of each point of a deployment."""
     calibration, traits = serving_calibration(), served.traits
-    seen = calibration.groups.get(traits.group, 0) > 0
-    measured = calibration.gpu_engines.get(f"{traits.gpu}|{traits.engine}", 0) > 0
+    seen = calibration.groups.get(traits.group, 0) > 0 and not traits.is_beyond_node
+    measured = calibration.covers(traits)
     known = "seen" if seen else "unseen"
     low, high = calibration.residuals[f"{known}_{'moe' if served.model.is_moe else 'dense'}"]
     widening = 1.0 if measured else ASSUMED_WIDENING
@@ -40,9 +40,10 @@ def point_intervals(served: Served, sequences: Floats, context_tokens: Floats) -
     outside = _outside(calibration.valid_range, {"sequences": sequences, "context_tokens": context_tokens})
     factor = np.where(outside, OUT_OF_RANGE_WIDENING, 1.0) * widening
     far = f"{note}; {OUT_OF_RANGE_WIDENING:g}× wider: outside the calibrated range"
-    ttft = np.array([calibration.residuals[f"ttft_{known}_{kind}"] for kind in ("exact", "spread")]) * widening
+    ttft = np.array([calibration.residuals[f"ttft_{known}_{kind}"] for kind in ("exact", "spread")])
     return Interval(
-        np.exp(-high * factor), np.exp(-low * factor), np.exp(-ttft[:, 1]), np.exp(-ttft[:, 0]),
+        np.exp(-high * factor), np.exp(-low * factor),
+        np.exp(-np.outer(ttft[:, 1], factor)), np.exp(-np.outer(ttft[:, 0], factor)),
         tuple(far if flag else note for flag in outside.tolist()),
     )  # fmt: skip
 

@@ -61,6 +61,7 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter("collective_s", 4.6e-6, 0.25, "latency of one small all-reduce on Hopper NVLink"),
     Parameter("matrix_dense", 0.5, 0.3, "share of dense peak FLOPs of matrix products, dense models"),
     Parameter("matrix_moe", 0.2, 0.5, "the same in models with experts"),
+    Parameter("prefill_attention", 0.6, 0.1, "share of dense 16-bit peak FLOPs of attention over a prompt"),
     Parameter("prefill_kernel_s", 2.5e-5, 0.6, "the same in a step with a prompt in it (no graph, eager launches)"),
     Parameter("together_exact", -1.0, 1.0, "logit: prompts that arrive together when lengths are exact", False),
     Parameter("together_first", 0.0, 1.0, "logit: the same where prompts run before decoding: half of a wave", False),
@@ -76,7 +77,14 @@ NAMES = tuple(parameter.name for parameter in PARAMETERS)
 
 @dataclass(frozen=True, slots=True)
 class Traits:
-    """What a deployment is called at each level that carries offsets."""
+    """What a deployment is called at each level that carries offsets.
+
+    Attributes:
+        is_wide: attention data parallel, one GPU each, and experts over part of a rack that NVLink joins: GPUs that
+            only decode, while others prefill, is what was measured of it.
+        is_beyond_node: any other stage of more GPUs than a node has, of which nothing was measured.
+
+    """
 
     engine: str
     gpu: str
@@ -84,6 +92,7 @@ class Traits:
     family: str
     is_moe: bool = False
     is_wide: bool = False
+    is_beyond_node: bool = False
     is_speculative: bool = False
     engine_version: str = "unstated"
     layout: str = "TP 1"
@@ -147,8 +156,14 @@ class ServingCalibration:
                 found[name] += offset
         return found
 
+    def covers(self, traits: Traits) -> bool:
+        """Whether anything was measured on the GPU and engine, on as many GPUs."""
+        return f"{traits.gpu}|{traits.engine}" in self.gpu_engines and not traits.is_beyond_node
+
     def status(self, traits: Traits) -> tuple[Source, str]:
         """(source, words) of a prediction for ``traits``."""
+        if traits.is_beyond_node:
+            return "assumed", f"nothing was measured of {traits.layout}: efficiencies of one node ({self.source})"
         here = self.gpu_engines.get(f"{traits.gpu}|{traits.engine}", 0)
         seen = self.groups.get(traits.group, 0)
         if seen:

@@ -110,7 +110,7 @@ def parameters_of(served: Served) -> dict[str, float]:
 def _kv_is_the_kernels(served: Served) -> bool:
     """Whether KV streams at what the kernel reaches, where one is calibrated, not at what serving showed."""
     here = f"{served.traits.gpu}|{served.traits.engine}"
-    return served.request.calibration is not None or serving_calibration().gpu_engines.get(here) is None
+    return served.request.calibration is not None or here not in serving_calibration().gpu_engines
 
 
 def kernel_kv_stream(served: Served) -> float | None:
@@ -209,7 +209,8 @@ def _plan_loads(served: Served, facts: DeploymentFacts, parameters: dict[str, fl
     bound = _bound_s(served, parameters, running, context).tolist()
     interval = point_intervals(served, np.asarray(step.sequences), context)
     tpot, ttft, wait = (np.asarray(values) for values in (times.tpot_s, times.ttft_s, times.prefill_wait_s))
-    t_low, t_high = interval.ttft_low[load.has_spread.astype(int)], interval.ttft_high[load.has_spread.astype(int)]  # type: ignore[union-attr]
+    mine = np.asarray(load.has_spread).astype(int), np.arange(len(points))
+    t_low, t_high = interval.ttft_low[mine], interval.ttft_high[mine] * times.burst
     share = clients / ranks
     waiting = [_wait(served, float(c), bool(w)) for c, w in zip(clients, running < share - 1e-9, strict=True)]
     columns = (

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from kvplan.deployment import Deployment, resolve_deployment
+from kvplan.deployment import NVLINK_NODE_GPUS, Deployment, resolve_deployment
 from kvplan.errors import InputError, shorten
 from kvplan.gpu import GpuSpec, resolve_gpu
 from kvplan.latency.capacity import Ints, max_batches
@@ -181,13 +181,12 @@ class Served:
     def load_features(self, input_tokens: Floats, output_tokens: Floats, has_spread: Floats) -> LoadFeatures:
         """Features of prompts and outputs of these true mean lengths."""
         t, d = self.traffic, self.deployment
-        reach = float(np.exp(PRECISION_REACH[precision_class(self._main_format())]))
         attention = input_tokens**2 / 2 * t.prefill_attention_flops / (d.tp_group_size * self.peaks.flops_per_s["bf16"])
-        matrix = input_tokens * self._matrix_seconds_per_token() * reach
+        matrix = input_tokens * self._matrix_seconds_per_token()
         moved = t.num_collectives * t.message_bytes(input_tokens) / self.peaks.link_bytes_per_s
         moved = (moved + t.activation_bytes(input_tokens) / self.peaks.bandwidth_bytes_per_s) / d.attention_dp_size
         first = np.full_like(has_spread, self.setup.engine.name in PROMPTS_FIRST)
-        return LoadFeatures(input_tokens, output_tokens, (matrix + attention) / reach, moved, has_spread, first)
+        return LoadFeatures(input_tokens, output_tokens, matrix, attention, moved, has_spread, first)
 
     def _matrix_seconds_per_token(self) -> float:
         """Seconds at peak of one token's matrix FLOPs over the GPUs of a stage, precisions' usual reach divided out."""
@@ -263,6 +262,14 @@ def serve(request: ItlRequest) -> Served:
         notes.append("what ranks of --dcp exchange of their shares of attention is not in the times")
     traffic = make_traffic(model, plan, deployment, dtype)
     assert setup.gpu is not None
+    joined = setup.gpu.link_max_gpus or NVLINK_NODE_GPUS
+    is_wide = deployment.is_beyond_node and deployment.attention_tp_size == 1 and deployment.tp_group_size <= joined
+    if is_wide:
+        notes.append("wide expert parallelism was measured of GPUs that only decode, while others prefill; TTFT was "
+                     "up to 8 times as long")  # fmt: skip
+    elif deployment.tp_group_size > joined:
+        notes.append(f"{deployment.tp_group_size} GPUs a stage are more than the {joined} that a link joins: the "
+                     "network between nodes is not in the times")  # fmt: skip
     stored = plan.kv_cache_dtype
     heads = latent_heads(model, deployment.attention_tp_size, plan.dcp_size)
     speed = kv_speed(setup.gpu.name, engine, stored, is_latent(model), request.calibration, heads,
@@ -284,7 +291,8 @@ def serve(request: ItlRequest) -> Served:
             precision=precision,
             family=family_of(model),
             is_moe=traffic.num_experts > 0,
-            is_wide=deployment.is_wide,
+            is_wide=is_wide,
+            is_beyond_node=deployment.is_beyond_node and not is_wide,
             is_speculative=is_speculative,
             engine_version=version,
             layout=replace(deployment, num_replicas=1).describe(),

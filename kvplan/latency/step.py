@@ -66,7 +66,8 @@ class LoadFeatures(NamedTuple):
     """What a load adds: prompt and output lengths (true means), and one prompt's prefill in seconds at peak.
 
     Attributes:
-        prefill_flops_s: matrix and attention FLOPs.
+        prefill_flops_s: matrix FLOPs.
+        prefill_attention_s: attention FLOPs, at 16 bits.
         prefill_moved_s: messages between GPUs, and hidden states read and written between matrix products.
         has_spread: whether lengths vary between requests (0 or 1).
         prompts_first: whether prompts run before, and apart from, decoding (0 or 1).
@@ -76,6 +77,7 @@ class LoadFeatures(NamedTuple):
     input_tokens: Number
     output_tokens: Number
     prefill_flops_s: Number
+    prefill_attention_s: Number
     prefill_moved_s: Number
     has_spread: Number
     prompts_first: Number
@@ -97,12 +99,16 @@ class StepTimes(NamedTuple):
 
 
 class LoadTimes(NamedTuple):
-    """Seconds under load: one step, TPOT, TTFT, and the part of TPOT that is other requests' prefill."""
+    """Seconds under load: one step, TPOT, TTFT, and the part of TPOT that is other requests' prefill.
+
+    ``burst`` is mean TTFT of a short run whose requests, of equal lengths, start at once, over the steady state's.
+    """
 
     step: StepTimes
     tpot_s: Number
     ttft_s: Number
     prefill_wait_s: Number
+    burst: Number
 
 
 def step_times(parameters: Mapping[str, Number], features: StepFeatures) -> StepTimes:
@@ -163,16 +169,18 @@ def load_times(parameters: Mapping[str, Number], step: StepFeatures, load: LoadF
     mixed_steps = steps_a_token / (1 + steps_a_token**4) ** 0.25
     decoding_s = np.where(load.prompts_first, 0.0, mixed_steps * step_s)
     wait_s = _overlapped(decoding_s + prompts_a_token * prompt_s, mixed_steps * launch_s) - decoding_s
-    burst = np.exp(np.where(np.maximum(load.has_spread, load.prompts_first), 0.0, p["ttft_exact"]))
-    ttft_s = (_overlapped(prompt_s, launch_s) + together * others * prompt_s + step_s) * burst
-    return LoadTimes(times, (step_s + wait_s) * scale, ttft_s, wait_s * scale)
+    apart = np.maximum(load.has_spread, load.prompts_first)
+    burst = np.where(apart, 1.0, np.minimum(np.exp(p["ttft_exact"]), np.maximum(step.sequences, 1)))
+    ttft_s = _overlapped(prompt_s, launch_s) + together * others * prompt_s + step_s
+    return LoadTimes(times, (step_s + wait_s) * scale, ttft_s, wait_s * scale, burst)
 
 
 def _prompt_s(p: Mapping[str, Number], step: StepFeatures, load: LoadFeatures, chunk: Number) -> Number:
     """Seconds that one prompt, ``chunk`` tokens a step, adds to the steps it is in; the host's launches apart."""
     more = _experts_s(p, step, step.sequences + chunk) - _experts_s(p, step, step.sequences)
     experts = more * (load.input_tokens / chunk)
-    return load.prefill_flops_s / np.exp(_matrix_efficiency(p, step)) + load.prefill_moved_s + experts
+    products = load.prefill_flops_s / np.exp(_matrix_efficiency(p, step))
+    return products + load.prefill_attention_s / np.exp(p["prefill_attention"]) + load.prefill_moved_s + experts
 
 
 def slope_s_per_token(parameters: Mapping[str, Number], kv_slope_s: Number) -> Number:

@@ -112,6 +112,30 @@ def test_a_gpu_nobody_measured_is_assumed_with_a_wider_interval() -> None:
     assert "assumed" in unknown.interval_note
 
 
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "trtllm"])
+@pytest.mark.parametrize("model", ["deepseek-v3", "kimi-k2", "minimax-m2.5", "qwen3-235b-a22b", "qwen3.5-397b-a17b"])
+def test_ranks_beyond_a_node_save_no_more_than_the_experts_they_share(model: str, engine: str) -> None:
+    """TP 8 × DP 2 with as many requests a rank: half of the experts on each GPU, and everything else as at TP 8."""
+    at = {"model": model, "engine": engine, "ep": True, "tp_size": 8}
+    one, two = plan(**at, batch_size=32), plan(**at, batch_size=64, dp_size=2)
+    assert two.breakdown.kv_s == pytest.approx(one.breakdown.kv_s)
+    assert two.breakdown.overhead_s >= one.breakdown.overhead_s * 0.97  # offsets of the layout TP 8, EP 8
+    assert two.breakdown.collectives_s >= one.breakdown.collectives_s * 0.97
+    assert one.breakdown.weights_s / 2 < two.breakdown.weights_s < one.breakdown.weights_s
+    assert two.source == "assumed"
+    assert "16 GPUs a stage are more than the 8 that a link joins" in " ".join(two.notes)
+    assert two.interval_s[1] / two.itl_s > one.interval_s[1] / one.itl_s
+
+
+def test_a_rack_of_one_link_is_timed_as_measured_and_says_of_what() -> None:
+    """What was measured beyond a node: DeepSeek-R1 on GB200, attention on one GPU each, prompts prefilled elsewhere."""
+    wide = plan(model="deepseek-r1", gpu="gb200", engine="trtllm", ep=True, tp_size=1, dp_size=16, batch_size=512)
+    split = plan(model="deepseek-r1", gpu="gb200", engine="trtllm", ep=True, tp_size=8, dp_size=2, batch_size=512)
+    assert (wide.source, split.source) == ("calibrated", "assumed")
+    assert "only decode" in " ".join(wide.notes)
+    assert not any("network" in note for note in (*wide.notes, *split.notes))  # NVL72
+
+
 def test_outside_the_calibrated_range_the_answer_is_marked() -> None:
     near, far = plan(context_tokens=4096), plan(context_tokens=500_000)
     assert "outside the calibrated range" in far.interval_note
@@ -172,7 +196,7 @@ def test_launches_hide_the_decoding_of_a_step_that_mixes_both() -> None:
     never = {"together_exact": np.float64(-50.0), "together_first": np.float64(-50.0)}
     parameters = one | {name: np.log(value) for name, value in logs.items()} | never
     beside, apart = (
-        load_times(parameters, step, LoadFeatures(np.float64(100), np.float64(2), 0.0, 0.0, np.float64(0), first))
+        load_times(parameters, step, LoadFeatures(np.float64(100), np.float64(2), 0.0, 0.0, 0.0, np.float64(0), first))
         for first in (np.float64(0), np.float64(1))
     )
     assert beside.step.total_s == pytest.approx(0.010, rel=1e-6)
@@ -198,6 +222,44 @@ def test_one_client_waits_for_nobody() -> None:
     assert found.load is not None
     assert found.load.prefill_wait_s == 0
     assert found.load.tpot_s == pytest.approx(found.itl_s)
+
+
+@pytest.mark.parametrize(("clients", "measured_s"), [(1, 0.40677), (5, 0.5467), (25, 0.68869)])
+def test_the_first_token_of_steady_clients_comes_as_nim_measured(clients: int, measured_s: float) -> None:
+    """docs.nvidia.com/nim/benchmarking/llm 1.0.0: Llama 3.3 70B in FP8 on two H100, 5,000 tokens in and 500 out."""
+    load = {"input_tokens": 5000, "output_tokens": 500, "concurrency": clients, "length_spread": 0.0}
+    found = kvplan.itl(model="llama-3.3-70b", gpu="h100", tp_size=2, engine="trtllm", weight_dtype="fp8", **load).load
+    assert found is not None
+    assert found.ttft_s == pytest.approx(measured_s, rel=0.3)
+    low, high = found.ttft_interval_s
+    assert low < measured_s < high
+
+
+@pytest.mark.parametrize(
+    ("model", "tp", "engine", "bound_s"),
+    # 2 × 6.98 G × 131,072 + 4 × 131,072² / 2 × 4,096 × 32 = 6.3 PFLOP at 989 T/s
+    # 2 × 22.2 G × 131,072 at 1,979 T/s and 4 × 131,072² / 2 × 8,192 × 94 at 989 T/s, on four GPUs
+    [("8b", 1, "vllm", 6.4), ("qwen3-235b-a22b-fp8", 4, "vllm", 7.4), ("qwen3-235b-a22b-fp8", 4, "sglang", 7.4)],
+)
+def test_a_long_prompt_alone_takes_its_flops(model: str, tp: int, engine: str, bound_s: float) -> None:
+    """At most three times what the peak would take: products of experts were measured at a sixth of it."""
+    load = {"input_tokens": 131_072, "output_tokens": 1000, "concurrency": 1, "length_spread": 0.0}
+    found = kvplan.itl(model=model, gpu="h200", tp_size=tp, engine=engine, **load)
+    assert found.load is not None
+    assert 1.2 * bound_s < found.load.ttft_s < 3 * bound_s
+    assert "outside the calibrated range" in found.interval_note
+
+
+def test_a_burst_is_in_the_interval_and_bounded_by_its_requests() -> None:
+    """Exact lengths: no request waits for more prompts than there are, and one for none."""
+    highs = []
+    for clients in (2, 4, 64):  # as many as were measured
+        load = kvplan.itl(model="70b", gpu="h200", tp_size=4, engine="trtllm", input_tokens=4000, output_tokens=500,
+                          concurrency=clients, length_spread=0.0).load  # fmt: skip
+        assert load is not None
+        highs.append(load.ttft_interval_s[1] / load.ttft_s)
+    assert highs[1] / highs[0] == pytest.approx(2)
+    assert 2 < highs[2] / highs[0] < 3  # 4.4 of 64
 
 
 def test_pipeline_stages_take_turns() -> None:
