@@ -42,6 +42,16 @@ class WeightBytes:
     detail: str
 
 
+class ExpertPadding(NamedTuple):
+    """Multiples that kernels fill the MXFP4 experts of a rank up to: of the hidden size, and of an expert's width."""
+
+    hidden: int = 1
+    width: int = 1
+
+
+UNPADDED = ExpertPadding()
+
+
 class _Ranks(NamedTuple):
     """Over how many ranks linear layers are split, every expert is split, and experts are dealt to whole."""
 
@@ -52,7 +62,8 @@ class _Ranks(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def weight_bytes(model: ModelConfig, *, tp_size: int = 1, pp_size: int = 1, ep_size: int = 1,
-                 moe_tp_size: int | None = None, weight_dtype: str | None = None) -> WeightBytes:  # fmt: skip
+                 moe_tp_size: int | None = None, weight_dtype: str | None = None,
+                 padding: ExpertPadding = UNPADDED) -> WeightBytes:  # fmt: skip
     """Weights of the fullest rank.
 
     Args:
@@ -62,26 +73,29 @@ def weight_bytes(model: ModelConfig, *, tp_size: int = 1, pp_size: int = 1, ep_s
         ep_size: ranks that experts are dealt to whole; 1 splits each of them.
         moe_tp_size: ranks that each expert is then split over; None is ``tp_size``.
         weight_dtype: how linear layers are stored, when not as the checkpoint says.
+        padding: what the engine's kernels fill MXFP4 experts up to.
 
     Raises:
         UnknownNameError: no such weight dtype.
 
     """
-    model_total, _ = _rank_bytes(model, weight_dtype, _Ranks(), 0, model.num_layers, True, True)
+    model_total, _ = _rank_bytes(model, weight_dtype, _Ranks(), UNPADDED, 0, model.num_layers, True, True)
     best: tuple[int, dict[str, int]] = (0, {})
     ranks = _Ranks(tp_size, tp_size if moe_tp_size is None else moe_tp_size, ep_size)
     for rank, (low, high) in enumerate(pipeline_bounds(model.num_layers, pp_size)):
         first, last = rank == 0, rank == pp_size - 1
-        found = _rank_bytes(model, weight_dtype, ranks, low, high, first, last)
+        found = _rank_bytes(model, weight_dtype, ranks, padding, low, high, first, last)
         best = max(best, found, key=lambda item: item[0])
     total, by_role = best
+    filled = "" if padding == UNPADDED else f", experts filled up to multiples of {padding.hidden} × {padding.width}"
     exact = model.exact_weights
     if exact is None or weight_dtype is not None:
-        return WeightBytes(total, by_role, model_total, "assumed", _describe(model, weight_dtype))
+        return WeightBytes(total, by_role, model_total, "assumed", _describe(model, weight_dtype) + filled)
     measured = _exact_total(model, weight_dtype)
     scaled = {role: value * measured // max(model_total, 1) for role, value in by_role.items()}
     share = total * measured // max(model_total, 1)
-    return WeightBytes(share, scaled, measured, "exact", f"{measured:,} bytes in {exact.source}, sharded as modelled")
+    detail = f"{measured:,} bytes in {exact.source}, sharded as modelled{filled}"
+    return WeightBytes(share, scaled, measured, "exact", detail)
 
 
 def _describe(model: ModelConfig, weight_dtype: str | None) -> str:
@@ -134,8 +148,8 @@ def _is_mtp(name: str, skipped: set[int]) -> bool:
     return position < len(parts) and parts[position].isdigit() and int(parts[position]) in skipped
 
 
-def _rank_bytes(model: ModelConfig, weight_dtype: str | None, ranks: _Ranks, low: int, high: int, first: bool,
-                last: bool) -> tuple[int, dict[str, int]]:  # fmt: skip
+def _rank_bytes(model: ModelConfig, weight_dtype: str | None, ranks: _Ranks, padding: ExpertPadding, low: int,
+                high: int, first: bool, last: bool) -> tuple[int, dict[str, int]]:  # fmt: skip
     """(bytes, bytes by role) of the layers ``[low, high)`` on one TP rank, with what the first and last rank add."""
     roles: dict[str, int] = {}
     for weight in model.outer_weights:
@@ -153,7 +167,7 @@ def _rank_bytes(model: ModelConfig, weight_dtype: str | None, ranks: _Ranks, low
         if found is None:
             found = {}
             for weight in layer.weights:
-                stored = _stored_bytes(model, _shard(model, weight, ranks), index, weight_dtype)
+                stored = _stored_bytes(model, _shard(model, weight, ranks), index, weight_dtype, padding)
                 found[weight.role] = found.get(weight.role, 0) + stored
             memo[key] = found
         for role, value in found.items():
@@ -206,11 +220,15 @@ def _is_per_module(quantization: Quantization | None) -> bool:
     return quantization is not None and bool(quantization.excluded or quantization.per_module)
 
 
-def _stored_bytes(model: ModelConfig, weight: Weight, layer: int | None, weight_dtype: str | None) -> int:
+def _stored_bytes(model: ModelConfig, weight: Weight, layer: int | None, weight_dtype: str | None,
+                  padding: ExpertPadding = UNPADDED) -> int:  # fmt: skip
     fmt = format_of(model, weight, layer, weight_dtype)
     if fmt is None:
         return weight.num_parameters * SCALAR_BYTES[model.dtype]
     rows, columns = weight.shape
+    if weight.role == "expert" and fmt.name == "mxfp4":
+        to_rows, to_columns = padding if weight.name.endswith("down_proj") else reversed(padding)
+        rows, columns = round_up(rows, to_rows), round_up(columns, to_columns)
     return fmt.matrix_bytes(rows, columns) * weight.copies
 
 

@@ -181,7 +181,11 @@ def _weights(weights: WeightBytes | None) -> Term:
 
 
 def _activation(model: ModelConfig | None, inputs: BudgetInputs) -> Term:
-    """Peak of the profiling pass: the widest MLP over all batched tokens, or the sampler's FP32 logits."""
+    """Peak of the profiling pass: the widest MLP over all batched tokens, or the sampler's FP32 logits.
+
+    An MLP of experts holds what each token's experts return, of the hidden size on every rank (vLLM
+    ``fused_moe/modular_kernel.py``).
+    """
     flag = "--activation-memory"
     if model is None:
         return Term(None, None, "unknown without an architecture", flag)
@@ -191,7 +195,8 @@ def _activation(model: ModelConfig | None, inputs: BudgetInputs) -> Term:
     experts = max((layer.top_k_experts for layer in model.layers), default=0)
     expert_width = max((w.shape[0] for layer in model.layers for w in layer.weights
                         if w.role == "expert" and len(w.shape) == 2), default=0)  # fmt: skip
-    per_token = 2 * (4 * model.hidden_size + 3 * ceil_div(max(widest, experts * expert_width), tp))
+    width = ceil_div(max(widest, experts * expert_width), tp)
+    per_token = 2 * ((4 + experts) * model.hidden_size + 3 * width)
     forward = tokens * per_token
     sampler = inputs.num_seqs * model.vocab_size * 4 * SAMPLER_COPIES
     detail = (

@@ -12,6 +12,7 @@ from kvplan.gpu import GpuSpec, custom_gpu, profile_of_device, resolve_gpu
 from kvplan.memory.budget import Budget, BudgetInputs, memory_budget
 from kvplan.memory.cache_plan import CachePlan
 from kvplan.memory.engines import Engine, parse_version, resolve_engine
+from kvplan.memory.engines.expert_padding import expert_padding
 from kvplan.memory.engines.options import EngineOptions, MemoryFraction
 from kvplan.memory.engines.vllm_versions import CURRENT, VersionRules
 from kvplan.memory.request import SizeRequest
@@ -302,7 +303,8 @@ def weights_of(setup: Setup) -> WeightBytes | None:
         other = "other --tp and --dp, or --ep" if setup.model.is_moe and not split.ep else "other --tp and --dp"
         raise UnsupportedError(f"{setup.model.name}: {refusal}", hint=f"try {other}")
     return weight_bytes(setup.model, tp_size=split.tp_size, pp_size=request.pp_size, moe_tp_size=split.expert_ranks,
-                        ep_size=split.expert_ranks if split.ep else 1, weight_dtype=request.weight_dtype)  # fmt: skip
+                        ep_size=split.expert_ranks if split.ep else 1, weight_dtype=request.weight_dtype,
+                        padding=expert_padding(setup.model, setup.engine.name, setup.options))  # fmt: skip
 
 
 def budget_of(setup: Setup, weights: WeightBytes | None) -> Budget:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from kvplan.dtypes import AUTO, KV_FORMATS, KvFormat, is_generic, kv_format
 from kvplan.errors import UnsupportedError
 from kvplan.memory.engines.options import EngineOptions
+from kvplan.memory.engines.vllm_pages import rewrites_sparse_fp8
 from kvplan.model_config.types import AttentionCache, ModelConfig
 
 PER_TOKEN_HEAD = ("int8_per_token_head", "int4_per_token_head", "fp8_per_token_head")
@@ -122,7 +123,7 @@ def _warnings(model: ModelConfig, fmt: KvFormat, options: EngineOptions) -> list
     asked = options.kv_cache_dtype
     if "compressed" in model.cache_kinds and asked not in (AUTO, "fp8_ds_mla"):
         warnings.append(f"vLLM silently replaces {asked} by fp8_ds_mla for {model.architecture}")
-    if "indexer" in model.cache_kinds and asked in ("fp8", "fp8_e4m3") and not options.is_sm100_family:
+    if "indexer" in model.cache_kinds and asked in ("fp8", "fp8_e4m3") and rewrites_sparse_fp8(options):
         warnings.append(f"on this GPU vLLM stores {asked} as 656-byte fp8_ds_mla rows, not 576 bytes")
     uneven = any(
         isinstance(c, AttentionCache) and c.head_dim != c.head_dim_v for layer in model.layers for c in layer.caches

@@ -43,7 +43,7 @@ def latent_page(cache: LatentCache, fmt: KvFormat, block: int, options: EngineOp
     """The page of one latent-attention layer, replicated on every TP rank; there is no V."""
     width = cache.latent_dim + cache.rope_dim
     sparse = cache.top_k_tokens is not None
-    if sparse and fmt.name in ("fp8", "fp8_e4m3") and not options.is_sm100_family:
+    if sparse and fmt.name in ("fp8", "fp8_e4m3") and rewrites_sparse_fp8(options):
         fmt = KV_FORMATS["fp8_ds_mla"]
     if fmt.name == "fp8_ds_mla":
         payload, scales = cache.latent_dim + 2 * cache.rope_dim, 4 * ceil_div(cache.latent_dim, 128)
@@ -52,6 +52,13 @@ def latent_page(cache: LatentCache, fmt: KvFormat, block: int, options: EngineOp
     else:
         payload, scales = ceil_div(width * fmt.key_bits, 8), 0
     return Page("mla", block, 1, payload, scales, tag=f"{fmt.name}:{width}", num_copies=options.tp_size)
+
+
+def rewrites_sparse_fp8(options: EngineOptions) -> bool:
+    """Whether sparse latents in fp8 become 656-byte rows: FlashMLA's, so not on datacentre Blackwell and not on AMD
+    (``model_executor/layers/attention/mla_attention.py``).
+    """
+    return not options.is_sm100_family and (options.gpu is None or options.gpu.vendor != "amd")
 
 
 def indexer_page(cache: IndexerCache, block: int, tp: int) -> Page:
@@ -77,12 +84,15 @@ CHECKPOINT_BLOCKS = {"mamba1": 0, "mamba2": 1, "kda": 0, "lightning": 0, "short_
 
 
 def uses_flashinfer_gdn(options: EngineOptions) -> bool:
-    """Whether gated DeltaNet runs on FlashInfer: Hopper and Blackwell under prefix caching (an unknown GPU is taken
-    for Hopper); elsewhere vLLM falls back to Triton (``qwen_gdn_linear_attn.py``).
+    """Whether gated DeltaNet keeps FlashInfer's checkpoints: on Hopper and datacentre Blackwell under prefix caching,
+    since there are any (an unknown GPU is taken for Hopper). Elsewhere vLLM runs Triton
+    (``qwen_gdn_linear_attn.py`` ``_resolve_gdn_prefill_backend``).
     """
-    if not options.enable_prefix_caching or (options.gpu is not None and options.gpu.vendor == "amd"):
+    if not options.enable_prefix_caching or not VersionRules(options.version or CURRENT).state_checkpoints:
         return False
-    return options.sm is None or options.sm >= 90
+    if options.gpu is not None and options.gpu.vendor == "amd":
+        return False
+    return options.sm in (None, 90) or options.is_sm100_family
 
 
 def state_blocks(cache: StateCache, options: EngineOptions, extra: int = 0) -> int:

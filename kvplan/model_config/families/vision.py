@@ -11,11 +11,13 @@ GATED_TOWERS = ("pixtral", "gemma4_vision", "mistral3")
 
 
 def stated_vision(outer: Fields) -> dict[str, int] | None:
-    """Layers and width of ``vision_config`` where it states them by CLIP's names; None without a tower."""
+    """Layers and width of ``vision_config`` where it states them by CLIP's names, or with Kimi's ``vt_`` before these,
+    which engines drop; None without a tower.
+    """
     fields = outer.child("vision_config")
     if fields is None:
         return None
-    found = {name: fields.optional_integer(name) for name in ("num_hidden_layers", "hidden_size")}
+    found = {name: fields.optional_integer(name, f"vt_{name}") for name in ("num_hidden_layers", "hidden_size")}
     return {name: value for name, value in found.items() if value is not None}
 
 
