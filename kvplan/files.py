@@ -12,6 +12,8 @@ from kvplan.errors import InputError
 def write_text(path: Path, text: str, force: bool) -> None:
     """Write ``text`` to ``path`` through a temporary file beside it, in a folder that is made when absent.
 
+    What is no character (a byte of a file name, maybe) is written as a question mark.
+
     Raises:
         InputError: the file exists and ``force`` is not given, or it cannot be written.
 
@@ -22,7 +24,7 @@ def write_text(path: Path, text: str, force: bool) -> None:
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
-            with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+            with os.fdopen(handle, "w", encoding="utf-8", errors="replace", newline="") as file:
                 file.write(text)
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)

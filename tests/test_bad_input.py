@@ -483,6 +483,24 @@ def test_a_full_disk_under_stdout_ends_with_2_and_one_line(command: str) -> None
     assert "output cannot be written: No space left" in line
 
 
+@pytest.mark.parametrize("command", ["size", "itl --gpu h100", "size --json"])
+def test_a_name_that_is_no_text_is_shown_with_a_question_mark(command: str, tmp_path: Path) -> None:
+    """A file system takes any bytes; a terminal of strict UTF-8 does not."""
+    folder = model_folder(tmp_path / os.fsdecode(b"model-\xff"), LLAMA)
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run([*KVPLAN, *command.split(), "--model", folder, "--ctx", "8k"], capture_output=True,
+                          env=environment)  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert ("model-\\udcff" if "--json" in command else "model-?") in done.stdout.decode()
+
+
+@pytest.mark.parametrize("command", ["size --from-log", "check --log"])
+def test_a_log_without_lines_is_refused_before_it_ends(command: str) -> None:
+    done = subprocess.run([*KVPLAN, *command.split(), "/dev/zero"], capture_output=True, text=True, timeout=60)
+    line = assert_one_line(Ran(done.returncode, done.stdout, done.stderr))
+    assert "/dev/zero: no line ends in 256 MiB" in line
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1"])
 @pytest.mark.parametrize("command", ["-h", "size --model 8b --gpu h100 --explain", "itl --model 8b --gpu h100",
                                      "dtypes", "report --model 8b --gpu h100 --ctx 8k"])  # fmt: skip
@@ -548,6 +566,14 @@ def test_a_model_in_python_may_be_a_path_object(tmp_path: Path) -> None:
 
 def test_what_an_option_lacks_points_to_the_help_of_its_command(kvplan_cli: Cli) -> None:
     assert "see `kvplan size --help`" in assert_one_line(kvplan_cli("size", "--model"))
+
+
+@pytest.mark.parametrize("option", ["--block-size", "--ctx", "--gpu-memory-utilization", "--from-log", "--cases"])
+@pytest.mark.parametrize("value", ["9" * 5000, "a" * 5000, "\x1b[31mred", "two\nlines", "\u202eright to left"])
+def test_what_was_typed_comes_back_short_and_printable(kvplan_cli: Cli, option: str, value: str) -> None:
+    words = ("size", option, value) if option == "--cases" else ("size", "--model", "8b", option, value)
+    line = assert_one_line(kvplan_cli(*words))
+    assert len(line) < 500 and line.rstrip("\n").isprintable()
 
 
 def test_no_memory_at_all_is_not_taken_for_gibibytes(kvplan_cli: Cli) -> None:

@@ -32,6 +32,7 @@ OUT_OF_MEMORY = "out of memory"
 GZIP = b"\x1f\x8b"
 CHUNK_BYTES = 2**21
 MAX_LINE_BYTES = 2**17
+MAX_OPEN_BYTES = 2**28
 MAX_WORDING_CHARS = 2048
 """How far into a line its wording is looked for: patterns with several gaps take the cube of it at worst."""
 MAX_EVENTS = 100
@@ -78,14 +79,18 @@ def read_stream(stream: Readable, source: str) -> ServerReport:
     """``read_log`` of an open file.
 
     Raises:
-        InputError: no line in it is understood.
+        InputError: no line in it is understood, or none ends in 256 MiB.
 
     """
     reader = _Reader()
-    number, rest = 1, b""
+    number, rest, open_bytes = 1, b"", 0
     while chunk := stream.read(CHUNK_BYTES):
+        open_bytes += len(chunk)
         chunk = rest + chunk
         end = chunk.rfind(b"\n") + 1
+        open_bytes = 0 if end else open_bytes
+        if open_bytes > MAX_OPEN_BYTES:
+            raise InputError(f"{source}: no line ends in {MAX_OPEN_BYTES >> 20} MiB, so it is no log")
         if not end and len(chunk) < MAX_LINE_BYTES:
             rest = chunk
             continue

@@ -13,6 +13,9 @@ GARBAGE_THRESHOLD = 50_000
 CLOSED_PIPE = 141
 """Exit code when the reader of stdout went away: 128 + SIGPIPE, what shells report for other programs."""
 
+MAX_WORD_CHARS = 240
+"""Longest word of an error: a path, or what was typed."""
+
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT."""
 
@@ -107,8 +110,8 @@ def _usage_error(error: Exception) -> int:
 
 
 def report_error(error: object) -> None:
-    """One line on stderr: what, why, what to try."""
-    from kvplan.errors import KvplanError
+    """One printable line on stderr: what, why, what to try; a word that fills screens is cut."""
+    from kvplan.errors import KvplanError, shorten
 
     assert isinstance(error, KvplanError)
     from kvplan.cli.stated import in_options
@@ -117,4 +120,6 @@ def report_error(error: object) -> None:
     label = "\x1b[31merror:\x1b[0m" if is_styled(sys.stderr) else "error:"
     hint = f" ({error.hint})" if error.hint else ""
     with contextlib.suppress(OSError):  # a full disk under stderr changes no exit code
-        print(f"{label} {in_options(error.message + hint, sys.argv[1:])}", file=sys.stderr, flush=True)
+        line = in_options(error.message + hint, sys.argv[1:])
+        words = (shorten(word, MAX_WORD_CHARS) for word in line.split(" "))
+        print(label, *words, file=sys.stderr, flush=True)

@@ -24,8 +24,8 @@ def spell(error: UnicodeError) -> tuple[str, int]:
 
 
 def make_encodable(stream: TextIO) -> None:
-    """Let ``stream`` spell what its encoding lacks; a Unicode stream keeps every sign."""
+    """Let ``stream`` spell what its encoding lacks: of Unicode, bytes in names that were no characters."""
     reconfigure = getattr(stream, "reconfigure", None)
-    if reconfigure is not None and not (stream.encoding or "").lower().startswith("utf"):
+    if reconfigure is not None:
         codecs.register_error(HANDLER, spell)
         reconfigure(errors=HANDLER)
