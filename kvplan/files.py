@@ -15,19 +15,22 @@ def write_text(path: Path, text: str, force: bool) -> None:
     What is no character (a byte of a file name, maybe) is written as a question mark.
 
     Raises:
-        InputError: the file exists and ``force`` is not given, or it cannot be written.
+        InputError: the file exists and ``force`` is not given, it is a device or a folder, or it cannot be written.
 
     """
     if path.exists() and not force:
         raise InputError(f"{path} exists", hint="choose another name or add --force")
+    if path.exists() and not path.is_file():  # a device or a folder would not be written but replaced
+        raise InputError(f"{path} is no file", hint="name a file")
+    target = Path(os.path.realpath(path))  # of a link, the file that it leads to
     _make(path.parent)
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name[:100]}.")
         try:
             with os.fdopen(handle, "w", encoding="utf-8", errors="replace", newline="") as file:
                 file.write(text)
             os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
+            os.replace(temporary, target)
         except BaseException:
             os.unlink(temporary)
             raise

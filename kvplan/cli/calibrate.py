@@ -58,7 +58,9 @@ def calibrate_command(
 
     if predictions is not None and evaluate is None:
         raise InputError("--predictions needs cases", hint="add --evaluate CASES.csv")
-    for path in (output, predictions):
+    for path, others in ((output, (samples, evaluate, predictions)), (predictions, (samples, evaluate))):
+        if path is not None and path in others:
+            raise InputError(f"{path} is named twice", hint="what is written takes a name of its own")
         if path is not None and path.exists() and not force:
             raise InputError(f"{path} exists", hint="choose another name or add --force")
     spec = resolve_gpu(gpu)
