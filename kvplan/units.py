@@ -37,15 +37,28 @@ def _ungrouped(text: str) -> str:
     return text.replace(",", "") if GROUPED.match(text) else text
 
 
-def parse_tokens(text: str | int, what: str = "token count") -> int:
-    """Read ``"32k"``, ``"131072"`` or ``"1M"`` as tokens; ``k`` is 1,024.
+def text_or_integer(value: object, what: str) -> str | int:
+    """Text as it is, whole numbers as ints.
+
+    Raises:
+        InputError: anything else.
+
+    """
+    if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
+        return value
+    if isinstance(value, float) and value.is_integer() and abs(value) <= MAX_BYTES:
+        return int(value)
+    raise InputError(f"{what} must be a whole number, not {shorten(repr(value), 40)}")
+
+
+def parse_tokens(given: object, what: str = "token count") -> int:
+    """Read ``"32k"``, ``"131072"``, ``"1M"`` or a whole number as tokens; ``k`` is 1,024.
 
     Raises:
         InputError: not a number, zero, negative, or above 2^40.
 
     """
-    if isinstance(text, bool):
-        raise InputError(f"{what} must be a whole number of tokens, not {text}")
+    text = text_or_integer(given, what)
     if isinstance(text, int):
         value = text
     else:
@@ -61,15 +74,14 @@ def parse_tokens(text: str | int, what: str = "token count") -> int:
     return value
 
 
-def parse_bytes(text: str | int, what: str = "size") -> int:
-    """Read ``"80GiB"``, ``"141GB"`` or ``"85899345920"`` as bytes; ``G`` alone is GiB, ``GB`` is 10^9.
+def parse_bytes(given: object, what: str = "size") -> int:
+    """Read ``"80GiB"``, ``"141GB"``, ``"85899345920"`` or a whole number as bytes; ``G`` alone is GiB, ``GB`` is 10^9.
 
     Raises:
         InputError: not a size, zero, negative, or above 2^60.
 
     """
-    if isinstance(text, bool):
-        raise InputError(f"{what} must be a number of bytes, not {text}")
+    text = text_or_integer(given, what)
     if isinstance(text, int):
         value = text
     else:

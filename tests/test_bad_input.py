@@ -445,6 +445,31 @@ def test_a_bad_case_yields_an_error_in_its_place_and_the_rest_goes_on(kvplan_cli
         assert result["error"]["message"]
 
 
+@pytest.mark.parametrize("command", ["size", "itl"])
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("id", "NaN", "id must be text or a whole number, not nan"),
+        ("id", "[1]", "id must be text or a whole number, not [1]"),
+        ("id", "true", "id must be text or a whole number, not True"),
+        ("max_model_len_tokens", "1.5", "max_model_len_tokens must be a whole number, not 1.5"),
+        ("max_model_len_tokens", "{}", "max_model_len_tokens must be a whole number, not {}"),
+        ("context_tokens", "Infinity", "context_tokens must be a whole number, not inf"),
+    ],
+)
+def test_a_field_of_another_type_is_the_error_of_its_case_alone(
+    kvplan_cli: Cli, tmp_path: Path, command: str, field: str, value: str, said: str
+) -> None:
+    good = {"model": "8b", "gpu": "h100", "context_tokens": 4096, "batch_size": 1}
+    bad = json.dumps({name: each for name, each in good.items() if name != field})[:-1] + f', "{field}": {value}}}'
+    path = tmp_path / "cases.jsonl"
+    path.write_text(f"{bad}\n{json.dumps(good)}\n")
+    ran = kvplan_cli(command, "--cases", str(path))
+    assert (ran.code, ran.err) == (0, "1 of 2 cases failed\n")
+    failed, answered = (json.loads(line) for line in ran.out.splitlines())
+    assert failed["error"]["message"] == said and "error" not in answered
+
+
 def test_cases_are_read_from_stdin_too() -> None:
     done = subprocess.run(
         [*KVPLAN, "size", "--cases", "-"], input='{"model": "8b", "context_tokens": 16}\n', text=True,

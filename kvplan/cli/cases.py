@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -46,9 +47,13 @@ def run_cases(path: Path, answer: Callable[[dict[str, Any]], str]) -> None:
 
 def failure(case: object, error: KvplanError) -> dict[str, Any]:
     """What stands in the place of a case that fails: its error, under the case's own ``id``."""
-    named = case.get("id") if isinstance(case, dict) else None
-    known = isinstance(named, str | int) and not isinstance(named, bool)
-    return {"id": named, "error": error.as_dict()} if known else {"error": error.as_dict()}
+    from kvplan.memory.request import case_id
+
+    named = None
+    if isinstance(case, dict):
+        with contextlib.suppress(InputError):
+            named = case_id(case.get("id"))
+    return {"error": error.as_dict()} if named is None else {"id": named, "error": error.as_dict()}
 
 
 def report_failed(failed: int, total: int) -> None:

@@ -124,7 +124,7 @@ def fields_of(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
     """
     given = _given(options)
     own = {name: given.pop(name) for name in OWN_FIELDS if name in given}
-    own |= {name: _length(name, own[name]) for name in LENGTHS if name in own}
+    own |= {name: parse_tokens(own[name], name) for name in LENGTHS if name in own}
     if "context_tokens" not in given and own.keys() & set(LENGTHS):
         missing = [name for name in LENGTHS if name not in own]
         if missing:
@@ -152,12 +152,6 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
             raise InputError(f"{written[name]} and {plain} mean the same, and both are given", hint="leave out one")
         given[name], written[name] = value, plain
     return given
-
-
-def _length(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise InputError(f"{name} must be a whole number of tokens, not {shorten(repr(value), 40)}")
-    return parse_tokens(value, name)
 
 
 def _text(name: str, value: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from kvplan.errors import InputError, UnknownNameError, shorten
 from kvplan.memory.request import FIELDS as SIZE_FIELDS
-from kvplan.memory.request import SizeRequest, make_request, unknown_field
+from kvplan.memory.request import SizeRequest, case_id, make_request, unknown_field
 from kvplan.model_config import resolve_model
 from kvplan.model_config.types import ModelConfig
 from kvplan.units import parse_tokens
@@ -169,7 +169,7 @@ def _point(options: Mapping[str, Any]) -> Point:
     get = options.get
     context, batch = get("context_tokens"), get("batch_size")
     if type(context) is int and type(batch) is int and not _LOAD_FIELDS & options.keys():
-        return Point(_context("context_tokens", context), _requests("batch_size", batch), id=get("id"))
+        return Point(_context("context_tokens", context), _requests("batch_size", batch), id=case_id(get("id")))
     load = {name: get(name) for name in ("input_tokens", "output_tokens", "concurrency")}
     given = [name for name, value in load.items() if value is not None]
     spread = _spread(get("length_spread"))
@@ -199,7 +199,7 @@ def _point(options: Mapping[str, Any]) -> Point:
             output_tokens=outputs,
             concurrency=_requests("concurrency", load["concurrency"]),
             length_spread=spread,
-            id=get("id"),
+            id=case_id(get("id")),
         )
     if get("context_tokens") is None:
         raise InputError(
@@ -212,17 +212,13 @@ def _point(options: Mapping[str, Any]) -> Point:
         context_tokens=_context("context_tokens", get("context_tokens")),
         batch_size=1 if batch is None else _requests("batch_size", batch),
         length_spread=spread,
-        id=get("id"),
+        id=case_id(get("id")),
     )
 
 
 def _context(name: str, value: Any) -> int:
     if type(value) is int and 1 <= value <= MAX_CONTEXT_TOKENS:
         return value
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if not isinstance(value, str | int) or isinstance(value, bool):
-        raise InputError(f"{name} must be a whole number of tokens, not {shorten(value, 40)}")
     tokens = parse_tokens(value, name)
     if tokens > MAX_CONTEXT_TOKENS:
         raise InputError(f"{name} {tokens:,} is beyond any server", hint=f"at most {MAX_CONTEXT_TOKENS:,} tokens")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from kvplan.errors import InputError, closest, shorten
-from kvplan.units import MAX_BYTES, MAX_TOKENS, parse_bytes, parse_tokens
+from kvplan.units import parse_bytes, parse_tokens, text_or_integer
 
 Source = Literal["exact", "assumed", "calibrated", "given", "reported", "planned", "roofline"]
 """Where a number comes from: an engine's rule, an estimate, a fit, the user, a server, a server otherwise configured, a
@@ -145,12 +145,11 @@ def unknown_field(name: str, known: Sequence[str]) -> InputError:
 
 def _check(name: str, value: Any) -> Any:
     if name in _TOKENS:
-        return parse_tokens(_integral(name, value), name)
+        return parse_tokens(value, name)
     if name in _BYTES:
-        return parse_bytes(_integral(name, value), name)
+        return parse_bytes(value, name)
     if name in _BYTES_OR_ZERO:
-        number = _integral(name, value)
-        return 0 if number in (0, "0") else parse_bytes(number, name)
+        return 0 if text_or_integer(value, name) in (0, "0") else parse_bytes(value, name)
     if name in _COUNTS:
         return _count(name, value, _COUNTS[name])
     if name in _TEXTS:
@@ -167,22 +166,23 @@ def _check(name: str, value: Any) -> Any:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= high:
             raise InputError(f"{name} must be above 0 and at most {high}, not {shorten(repr(value), 40)}")
         return float(value)
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise InputError(f"{name} must be text or a number, not {shorten(repr(value), 40)}")
+    return case_id(value)
+
+
+def case_id(value: Any) -> str | int | None:
+    """What a request calls itself, to be found again in its result.
+
+    Raises:
+        InputError: it is neither text nor a whole number.
+
+    """
+    if isinstance(value, bool) or not isinstance(value, str | int | None):
+        raise InputError(f"id must be text or a whole number, not {shorten(repr(value), 40)}")
     return value
 
 
-def _integral(name: str, value: Any) -> str | int:
-    """Text as it is, whole numbers as ints; anything else is refused."""
-    if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
-        return value
-    if isinstance(value, float) and value.is_integer() and abs(value) <= max(MAX_BYTES, MAX_TOKENS):
-        return int(value)
-    raise InputError(f"{name} must be a whole number, not {shorten(repr(value), 40)}")
-
-
 def _count(name: str, value: Any, high: int) -> int:
-    number = _integral(name, value)
+    number = text_or_integer(value, name)
     if not isinstance(number, int):
         raise InputError(f"{name} must be a whole number, not {shorten(repr(value), 40)}")
     if not 1 <= number <= high:
