@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import triton
@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 
 from .configs import Config, mla_config
 from .decode_attention.shape import DecodeShape
+from .device import GLUON
 from .formats import FOUR_BIT_HEAD_DIMS, HEAD_DIMS, LATENT_ROW_BYTES, kv_format
 from .mla_decode import FORMAT_CODES
 from .mla_decode.kernel import attend_latent
@@ -48,9 +49,10 @@ def _kernel_and_signature(case: DecodeCase) -> tuple[object, dict, dict, dict]:
         soft_cap=case.soft_cap,
         window=case.window,
         sinks=case.sinks,
-        batch=32,
+        batch=1 if case.shape.one_sequence else 32,
         unpack=PTX if case.arch >= 89 else BITS,
         exact_dot=False,
+        dependent=GLUON and case.arch >= 90,
     )
     wide = {"bf16": ("*bf16", "*bf16"), "fp16": ("*fp16", "*fp16")}.get(fmt.name, ("*u8", "*u16"))
     floats = ("k_scale_ptr", "v_scale_ptr", "sink_ptr", "partial_ptr", "partial_lse_ptr")
@@ -217,6 +219,16 @@ SHIPPED = (
         for scales, head_dim in (("token_head", 80), ("token_head", 128), ("token_head_inline", 128))
         for block_size_tokens in (16, 32)
     ),
+    *(
+        replace(_shape(kv_dtype, scales, head_dim, 8), one_sequence=True)
+        for kv_dtype, scales, head_dims in (
+            ("bf16", "none", HEAD_DIMS),
+            ("int8", "token_head", HEAD_DIMS),
+            ("int4", "block", FOUR_BIT_HEAD_DIMS),
+            ("nvfp4", "block", FOUR_BIT_HEAD_DIMS),
+        )
+        for head_dim in head_dims
+    ),
 )
 """What the configuration table is asked for: the dearest scales of each width, both group classes, every head_dim."""
 
@@ -231,8 +243,11 @@ USUAL = (
     _shape("int4", "block", 128, 8),
     _shape("fp8_e4m3", "token_head", 128, 8, "NHD"),
     _shape("fp8_e4m3", "token_head_inline", 128, 8, "NHD"),
+    replace(_shape("bf16", "none", 128, 8), one_sequence=True),
+    replace(_shape("fp8_e4m3", "token_head", 128, 8), one_sequence=True),
 )
-"""8 query heads a KV head: 16-bit, int4, and 8-bit with every kind of scale, in both layouts, rows of 80 bytes too."""
+"""8 query heads a KV head: 16-bit, int4, and 8-bit with every kind of scale, in both layouts, rows of 80 bytes too, and
+batches of one."""
 
 
 def shipped_cases(arch: int) -> list[DecodeCase]:

@@ -115,6 +115,19 @@ def decode_configs(
     return found
 
 
+_ALONE = {
+    8: (Config(64, 4, 4, ctas_per_sm=2, max_registers=128), Config(128, 4, 3, ctas_per_sm=2, max_registers=248)),
+    16: (Config(64, 4, 3, ctas_per_sm=2, max_registers=248),),
+}
+"""By bits of an element, for a batch of one with head_dim 128 and at most 8 query heads a KV head."""
+
+
+def alone_configs(element_bits: int, head_dim: int, group_size: int, scale_per_token: bool) -> tuple[Config, ...]:
+    """Configurations for a batch of one that come before those of any batch: fewer and larger programs to join."""
+    found = _ALONE.get(element_bits, ()) if head_dim == 128 and group_size <= 8 else ()
+    return found[::-1] if scale_per_token else found
+
+
 INLINE_TILES = {(4, 64): 64, (4, 128): 32, (2, 128): 32}
 """Tokens of a tile of `attend_inline` by (KV heads a program, head_dim); what is not here reads faster without it."""
 

@@ -9,6 +9,24 @@ lengths, and equal lengths with a multiple of the batch size for `num_chunks` gi
 import triton
 import triton.language as tl
 
+from .device import GLUON
+
+if GLUON:
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+else:
+    gdc_launch_dependents = gdc_wait = None
+
+
+@triton.jit
+def await_last_launch():
+    """Let the next launch come up, and wait until the last one has ended and all it wrote is seen.
+
+    For kernels launched while the last one still ends: its programs leave and these take their places at once. Nothing
+    may be read before. (CUDA C++ Programming Guide, programmatic dependent launch.)
+    """
+    gdc_launch_dependents()
+    gdc_wait()
+
 
 @triton.jit
 def sequence_tiles(seq_len, window, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr):
@@ -62,17 +80,27 @@ def cut_batch(
 ):
     """Where `chunk` lies: (tiles of the batch, chunks used, its first tile, its end, its first and last sequence, and
     the tile at which that first one starts). A chunk past those used has nothing to do. `rows` as for
-    `batch_tiles`.
+    `batch_tiles`: one row says that the batch is of one, which leaves less to reckon.
     """
-    tiles = batch_tiles(rows, seq_lens_ptr, batch_size, window, BLOCK_N, WINDOW)
-    ends = tl.cumsum(tiles, 0)
-    total = tl.sum(tiles, 0)
-    chunks = used_chunks(total, batch_size, num_chunks, MIN_TILES)
+    ONE: tl.constexpr = rows.shape[0] == 1
+    if ONE:
+        total = sequence_tiles(tl.load(seq_lens_ptr), window, BLOCK_N, WINDOW)[1]
+        batch_size = 1
+    else:
+        tiles = batch_tiles(rows, seq_lens_ptr, batch_size, window, BLOCK_N, WINDOW)
+        total = tl.sum(tiles, 0)
+    chunks = used_chunks(total, batch_size, num_chunks, MIN_TILES if BLOCK_N < 128 else 1)
     tile = chunk_start(chunk, total, chunks)
     end_tile = chunk_start(chunk + 1, total, chunks)
-    first_seq = tl.sum((ends <= tile).to(tl.int32), 0)
-    last_seq = tl.sum((ends < end_tile).to(tl.int32), 0)
-    return total, chunks, tile, end_tile, first_seq, last_seq, tl.sum(tl.where(rows < first_seq, tiles, 0), 0)
+    first_seq = total * 0
+    last_seq = first_seq
+    seq_start = first_seq
+    if not ONE:
+        ends = tl.cumsum(tiles, 0)
+        first_seq = tl.sum((ends <= tile).to(tl.int32), 0)
+        last_seq = tl.sum((ends < end_tile).to(tl.int32), 0)
+        seq_start = tl.sum(tl.where(rows < first_seq, tiles, 0), 0)
+    return total, chunks, tile, end_tile, first_seq, last_seq, seq_start
 
 
 @triton.jit

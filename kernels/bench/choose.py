@@ -67,8 +67,8 @@ def default(cell: DecodeCell, device: str = "cuda") -> Config:
 
 
 def is_default(cell: DecodeCell, device: str = "cuda") -> bool:
-    """Whether `cell` has the configuration that a plan for a batch takes unless told: what gates compare."""
-    return cell.config == replace(cell.shape, one_sequence=False).configs(architecture(device))[0]
+    """Whether `cell` is of a batch that has the configuration a plan takes unless told: what gates compare first."""
+    return not cell.shape.one_sequence and cell.config == default(cell, device)
 
 
 def choose(cell: DecodeCell, *, device: str = "cuda", time_cell=measure) -> Config:

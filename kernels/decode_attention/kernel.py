@@ -21,7 +21,7 @@ whatever the scales; the denominator sums w / v_scale.
 import triton
 import triton.language as tl
 
-from ..schedule import chunk_of_program, cut_batch, share_of_sequence
+from ..schedule import await_last_launch, chunk_of_program, cut_batch, share_of_sequence
 from ..unpack import INT8_BIAS, unpack_elements, unpack_pairs
 from .join import LOG2_E, join_pieces, piece_of
 from .pages import first_page, page_ahead, rows_at, slot_in_page, valid_slots
@@ -161,8 +161,12 @@ def attend(
     UNPACK: tl.constexpr,
     EXACT_DOT: tl.constexpr,  # the interpreter: its bfloat16 products are wrong
     HEADS_TOGETHER: tl.constexpr,  # neighbouring programs take the heads of one chunk, else the chunks of one head
+    DEPENDENT: tl.constexpr,  # launched while the last kernel still ends
+    JOIN_TOGETHER: tl.constexpr,  # as `join_pieces`'s
 ):
     """Attend to one chunk of tiles for one KV head; grid: num_chunks * KV_HEADS programs."""
+    if DEPENDENT:
+        await_last_launch()
     chunk, kv_head = chunk_of_program(num_chunks, KV_HEADS, HEADS_TOGETHER)
     total, chunks, tile, end_tile, first_seq, last_seq, seq_start = cut_batch(
         tl.arange(0, BATCH), chunk, num_chunks, seq_lens_ptr, batch_size, window, BLOCK_N, WINDOW, MIN_TILES
@@ -305,7 +309,7 @@ def attend(
             if DB > 0:
                 store_columns(out_row + DA, even_tail * inverse, odd_tail * inverse, head_ok[None, :], DB, FORMAT > 0)
         else:
-            first_chunk, pieces, place = piece_of(chunk, seq_start, seq_tiles, total, chunks)
+            first_chunk, pieces, place = piece_of(chunk, seq_start, seq_tiles, total, chunks, BATCH)
             slot = place * (KV_HEADS * G) + kv_head * G + heads
             row = (partial_ptr + slot * D)[None, :]
             store_columns(row, even, odd, head_ok[None, :], min(DA, D), FORMAT > 0)
@@ -330,6 +334,8 @@ def attend(
                 DP,
                 SINKS,
                 JOIN_STAGES,
+                JOIN_TOGETHER,
+                UNPACK,
             )
         tile = seq_start + seq_tiles
         seq_start = tile

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..formats import INLINE_SLOT_BYTES
-from ..schedule import chunk_of_program, cut_batch, share_of_sequence
+from ..schedule import await_last_launch, chunk_of_program, cut_batch, share_of_sequence
 from ..unpack import INT8_BIAS
 from .join import LOG2_E, join_pieces, piece_of
 from .kernel import (
@@ -78,9 +78,12 @@ def attend_inline(
     BATCH: tl.constexpr,
     JOIN_STAGES: tl.constexpr,
     UNPACK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Attend to one chunk of tiles for HEADS KV heads; arguments as `kernel.attend`'s, but rows lie close in a page."""
     PARTS: tl.constexpr = KV_HEADS // HEADS
+    if DEPENDENT:
+        await_last_launch()
     chunk, part = chunk_of_program(num_chunks, PARTS, True)
     total, chunks, tile, end_tile, first_seq, last_seq, seq_start = cut_batch(
         tl.arange(0, BATCH), chunk, num_chunks, seq_lens_ptr, batch_size, window, BLOCK_N, WINDOW, MIN_TILES
@@ -160,7 +163,7 @@ def attend_inline(
         if complete:
             store_columns((out_row + q_heads * D)[:, None, :], even, odd, head_ok[:, None, :], D, True)
         else:
-            first_chunk, pieces, place = piece_of(chunk, seq_start, seq_tiles, total, chunks)
+            first_chunk, pieces, place = piece_of(chunk, seq_start, seq_tiles, total, chunks, BATCH)
             at = place * (KV_HEADS * G) + q_heads
             store_columns((partial_ptr + at * D)[:, None, :], even, odd, head_ok[:, None, :], D, True)
             tl.store(partial_lse_ptr + at, lse, mask=head_ok)
@@ -182,6 +185,8 @@ def attend_inline(
                 D,
                 SINKS,
                 JOIN_STAGES,
+                0,
+                UNPACK,
             )
         tile = seq_start + seq_tiles
         seq_start = tile

@@ -14,7 +14,7 @@ product with a constant, so that the accumulator never holds the large sum.
 import triton
 import triton.language as tl
 
-from ..schedule import chunk_of_program, cut_batch, share_of_sequence
+from ..schedule import await_last_launch, chunk_of_program, cut_batch, share_of_sequence
 from ..unpack import unpack_planes, unpack_scales
 from .join import LOG2_E, join_pieces, piece_of
 from .kernel import MIN_TILES, NOT_SPECIALISED, cap_logits
@@ -148,8 +148,12 @@ def attend_int4(
     JOIN_STAGES: tl.constexpr,
     UNPACK: tl.constexpr,
     HEADS_TOGETHER: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+    JOIN_TOGETHER: tl.constexpr,
 ):
     """Attend to one chunk of tiles for one KV head; arguments as `kernel.attend`'s."""
+    if DEPENDENT:
+        await_last_launch()
     chunk, kv_head = chunk_of_program(num_chunks, KV_HEADS, HEADS_TOGETHER)
     total, chunks, tile, end_tile, first_seq, last_seq, seq_start = cut_batch(
         tl.arange(0, BATCH), chunk, num_chunks, seq_lens_ptr, batch_size, window, BLOCK_N, WINDOW, MIN_TILES
@@ -243,7 +247,7 @@ def attend_int4(
             if SECTIONS == 2:
                 _store_section(out_row + D // 2, acc4, acc5, acc6, acc7, inverse, head_ok)
         else:
-            first_chunk, pieces, place = piece_of(chunk, seq_start, seq_tiles, total, chunks)
+            first_chunk, pieces, place = piece_of(chunk, seq_start, seq_tiles, total, chunks, BATCH)
             slot = place * (KV_HEADS * G) + kv_head * G + heads
             part_row = partial_ptr + slot * D
             _store_section(part_row, acc0, acc1, acc2, acc3, inverse, head_ok)
@@ -268,6 +272,8 @@ def attend_int4(
                 DP,
                 SINKS,
                 JOIN_STAGES,
+                JOIN_TOGETHER,
+                UNPACK,
             )
         tile = seq_start + seq_tiles
         seq_start = tile

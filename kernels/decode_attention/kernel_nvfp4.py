@@ -8,7 +8,7 @@ block's scale there: e2m1 times e4m3 has at most 6 significant bits and stays ex
 import triton
 import triton.language as tl
 
-from ..schedule import chunk_of_program, cut_batch, share_of_sequence
+from ..schedule import await_last_launch, chunk_of_program, cut_batch, share_of_sequence
 from ..unpack import E2M1_UNIT, unpack_e2m1, unpack_elements
 from .join import LOG2_E, join_pieces, piece_of
 from .kernel import MIN_TILES, NOT_SPECIALISED, OFFSET, cap_logits
@@ -82,8 +82,12 @@ def attend_nvfp4(
     JOIN_STAGES: tl.constexpr,
     UNPACK: tl.constexpr,
     HEADS_TOGETHER: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+    JOIN_TOGETHER: tl.constexpr,
 ):
     """Attend to one chunk of tiles for one KV head; arguments as `kernel.attend`'s."""
+    if DEPENDENT:
+        await_last_launch()
     chunk, kv_head = chunk_of_program(num_chunks, KV_HEADS, HEADS_TOGETHER)
     total, chunks, tile, end_tile, first_seq, last_seq, seq_start = cut_batch(
         tl.arange(0, BATCH), chunk, num_chunks, seq_lens_ptr, batch_size, window, BLOCK_N, WINDOW, MIN_TILES
@@ -179,7 +183,7 @@ def attend_nvfp4(
             out_row = out_ptr + seq * stride_out_batch.to(tl.int64) + (kv_head * G + heads) * D
             _store_words(out_row, acc0, acc1, acc2, acc3, head_ok, WORDS)
         else:
-            first_chunk, pieces, place = piece_of(chunk, seq_start, seq_tiles, total, chunks)
+            first_chunk, pieces, place = piece_of(chunk, seq_start, seq_tiles, total, chunks, BATCH)
             slot = place * (KV_HEADS * G) + kv_head * G + heads
             _store_words(partial_ptr + slot * D, acc0, acc1, acc2, acc3, head_ok, WORDS)
             tl.store(partial_lse_ptr + slot, lse, mask=head_ok)
@@ -201,6 +205,8 @@ def attend_nvfp4(
                 DP,
                 SINKS,
                 JOIN_STAGES,
+                JOIN_TOGETHER,
+                UNPACK,
             )
         tile = seq_start + seq_tiles
         seq_start = tile

@@ -6,7 +6,16 @@ from dataclasses import replace
 import torch
 
 from ..configs import Config
-from ..device import KernelFacts, architecture, interpreting, loaded_facts, resident_ctas, unpack_mode
+from ..device import (
+    KernelFacts,
+    architecture,
+    dependent_launch,
+    interpreting,
+    launches_evenly,
+    loaded_facts,
+    resident_ctas,
+    unpack_mode,
+)
 from ..paged_cache import PagedKvCache
 from .shape import BATCH_BUCKETS, DecodeShape
 
@@ -84,19 +93,29 @@ class DecodePlan:
             batch=self.batch,
             unpack=unpack_mode(self.arch),
             exact_dot=interpreting(),
+            dependent=dependent_launch(self.arch),
         )
         self._flags |= {"num_warps": self.config.num_warps, "num_stages": self.config.num_stages}
         if self.config.max_registers:
             self._flags["maxnreg"] = self.config.max_registers
+        if self._flags["DEPENDENT"]:
+            self._flags["launch_pdl"] = True
+        if self._flags.get("JOIN_TOGETHER"):  # all programs must run at once
+            self._flags["launch_cooperative_grid"] = True
         self._kernel = shape.kernel(self.config)
         self._programs = cache.num_kv_heads // self.heads_a_program
         self.num_chunks = num_chunks or 1
         self._allocate(cache)
         self.facts = self._compile(cache)
+        if self._flags["DEPENDENT"] and not launches_evenly(self.facts, self.arch, self.config.ctas_per_sm):
+            self._flags |= {"DEPENDENT": False, "launch_pdl": False}
+            self.facts = self._compile(cache)
+        resident = resident_ctas(self.facts, self.arch, self.device, self.config.ctas_per_sm)
         if num_chunks is None:
-            resident = resident_ctas(self.facts, self.arch, self.device, self.config.ctas_per_sm)
             self.num_chunks = max(1, resident // self._programs)
             self._allocate(cache)
+        elif self._flags.get("JOIN_TOGETHER") and num_chunks * self._programs > resident:
+            raise ValueError(f"{num_chunks} chunks of one sequence: the GPU runs {resident // self._programs} at once")
 
     def _allocate(self, cache: PagedKvCache) -> None:
         rows = self.num_chunks * 2 * self.num_q_heads

@@ -4,18 +4,19 @@ import math
 from dataclasses import dataclass
 
 import torch
-import triton
 
-from ..configs import INLINE_TILES, Config, decode_configs, inline_config, padded_head_dim, run_configs
+from ..configs import INLINE_TILES, Config, alone_configs, decode_configs, inline_config, padded_head_dim, run_configs
+from ..device import GLUON
 from ..formats import INLINE_SLOT_BYTES, KvFormat, int4_plane_dims
 from ..paged_cache import PagedKvCache
+from ..unpack import PLAIN
 from .join import NARROW
 from .kernel import attend
 from .kernel_inline import attend_inline
 from .kernel_int4 import attend_int4
 from .kernel_nvfp4 import attend_nvfp4
 
-if tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 6):  # the Gluon that it is written in
+if GLUON:
     from .runs import attend_runs
 else:
     attend_runs = None
@@ -52,7 +53,7 @@ class DecodeShape:
     """A kind of cache, and the query heads that share a KV head of it.
 
     `dense`: no gaps between the rows of a block, nor between its scales; `one_sequence`: the cut is for a batch of one,
-    where joining pieces of several heads, or by two warps, costs more than it saves.
+    whose pieces all programs join together, and where joining those of several heads costs more than it saves.
     """
 
     fmt: KvFormat
@@ -95,7 +96,7 @@ class DecodeShape:
     def _run_configs(self) -> tuple[Config, ...]:
         """Configurations of `attend_runs`; none where a KV head's tile is no run of bytes, or others are as fast."""
         in_runs = self.dense and (self.layout == "HND" or self.num_kv_heads == 1) and self.block_size_tokens >= 16
-        if attend_runs is None or self.fmt.element_bits != 8 or not in_runs or (self.one_sequence and not self._inline):
+        if attend_runs is None or self.fmt.element_bits != 8 or not in_runs:
             return ()
         return run_configs(self.head_dim, self._inline, self.group_size, self.block_size_tokens)
 
@@ -105,7 +106,12 @@ class DecodeShape:
         if heads > 1 and self.block_size_tokens >= 16:
             return (inline_config(arch, self.head_dim, heads, self.block_size_tokens),)
         others = decode_configs(arch, self.fmt.element_bits, self.head_dim, self.group_size, self._inline)
-        return others if arch is None else (*self._run_configs(), *others)
+        if arch is None:
+            return others
+        if not self.one_sequence or self._inline:
+            return (*self._run_configs(), *others)
+        per_token = self.scale_granularity == "token_head"
+        return (*alone_configs(self.fmt.element_bits, self.head_dim, self.group_size, per_token), *others)
 
     def heads_a_program(self, config: Config) -> int:
         """KV heads that one program reads: more than 1 by `attend_inline`, whose tiles lie within a block."""
@@ -121,7 +127,16 @@ class DecodeShape:
         return attend_inline if self.heads_a_program(config) > 1 else attend
 
     def constants(
-        self, config: Config, *, soft_cap: bool, window: bool, sinks: bool, batch: int, unpack: int, exact_dot: bool
+        self,
+        config: Config,
+        *,
+        soft_cap: bool,
+        window: bool,
+        sinks: bool,
+        batch: int,
+        unpack: int,
+        exact_dot: bool,
+        dependent: bool,
     ) -> dict:
         """The kernel's compile-time arguments."""
         dim_padded = _power_of_two(self.head_dim)
@@ -159,5 +174,7 @@ class DecodeShape:
             "HEADS_TOGETHER": self.layout == "NHD",
             "UNPACK": unpack,
             "EXACT_DOT": exact_dot,
+            "DEPENDENT": dependent,
+            "JOIN_TOGETHER": config.num_warps if self.one_sequence and unpack != PLAIN else 0,
         }
         return {name: value for name, value in found.items() if name in self.kernel(config).arg_names}

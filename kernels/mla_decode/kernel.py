@@ -212,7 +212,7 @@ def attend_latent(
             _store_block(out_at, even2 * inverse, odd2 * inverse, head_ok, 2, FORMAT)
             _store_block(out_at, even3 * inverse, odd3 * inverse, head_ok, 3, FORMAT)
         else:
-            first_chunk, pieces, place = piece_of(chunk, seq_start, seq_tiles, total, chunks)
+            first_chunk, pieces, place = piece_of(chunk, seq_start, seq_tiles, total, chunks, BATCH)
             slot = (place * HEAD_BLOCKS + head_block) * HEADS
             piece_at = partial_ptr + slot.to(tl.int64) * 512 + heads * 512
             _store_block(piece_at, even0 * inverse, odd0 * inverse, head_ok, 0, FORMAT)
@@ -238,6 +238,8 @@ def attend_latent(
                 512,
                 False,
                 JOIN_STAGES,
+                0,
+                UNPACK,
             )
         tile = seq_start + seq_tiles
         seq_start = tile

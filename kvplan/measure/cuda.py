@@ -114,7 +114,7 @@ class CudaBackend:
         """The family's kernel on awkward lengths against float64 on the same codes."""
         with _guarded():
             bench = latent if family.shape.latent_dim else plain
-            record = bench.gate(_bench_cell(family, (1,)), device=DEVICE, seed=seed)
+            record = bench.gate(_bench_cell(family, (1, 1)), device=DEVICE, seed=seed)
             q_dtype = torch.float16 if family.element == "fp16" else torch.bfloat16
             lost = format_error(family, _attend, device=DEVICE, tokens=ACCURACY_TOKENS, q_dtype=q_dtype, seed=seed)
         return Gate(family.kv_dtype, family.scale_granularity, family.shape.describe(),
@@ -138,8 +138,10 @@ class CudaBackend:
                      {name: r[name] for name in names})  # fmt: skip
 
     def _gate_choice(self, cell: DecodeCell, seed: int) -> None:
-        """Compare a chosen configuration with the reference, once, before it is timed: the gate had the default one."""
-        chosen = replace(cell, seq_lens=(1,))
+        """Compare with the reference, once, before it is timed, what the gate did not have: batches of one, and
+        configurations that are no default.
+        """
+        chosen = replace(cell, seq_lens=(1,) * min(2, len(cell.seq_lens)))
         if is_default(chosen, DEVICE) or chosen in self._gated:
             return
         record = plain.gate(chosen, device=DEVICE, seed=seed)

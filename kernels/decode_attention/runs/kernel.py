@@ -11,7 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
-from ...schedule import chunk_of_program, cut_batch, share_of_sequence
+from ...schedule import await_last_launch, chunk_of_program, cut_batch, share_of_sequence
 from ...unpack import INT8_BIAS, unpack_elements, unpack_pairs
 from ..join import LOG2_E, piece_of
 from ..kernel import MIN_TILES, NOT_SPECIALISED, OFFSET, SMALLEST_SCALE, cap_logits, log2, reciprocal
@@ -80,6 +80,7 @@ def attend_runs(
     BATCH: tl.constexpr,
     UNPACK: tl.constexpr,
     WARPS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """Attend to one chunk of tiles for one KV head; arguments as `kernel.attend`'s."""
     ROW: tl.constexpr = WIDTH + TAIL
@@ -95,6 +96,8 @@ def attend_runs(
     page_layout: tl.constexpr = copy_layout(min(PAGE, BLOCK_N) * WIDTH, 16, WARPS)
     scale_page_layout: tl.constexpr = copy_layout(min(PAGE, BLOCK_N), 1, WARPS)
 
+    if DEPENDENT:
+        await_last_launch()
     chunk, kv_head = chunk_of_program(num_chunks, KV_HEADS, False)
     batch_rows = gl.arange(0, BATCH, gl.BlockedLayout([1], [32], [WARPS], [0]))
     total, chunks, tile, end_tile, first_seq, last_seq, seq_start = cut_batch(
@@ -251,7 +254,7 @@ def attend_runs(
         if complete:
             store_pairs(out_row + head * D, even, odd, rest, head_ok, WIDTH, REST, mma)
         else:
-            first_chunk, pieces, place = piece_of(chunk, seq_start, seq_tiles, total, chunks)
+            first_chunk, pieces, place = piece_of(chunk, seq_start, seq_tiles, total, chunks, BATCH)
             first_row = (place * KV_HEADS + kv_head) * G
             store_pairs(partial_ptr + (first_row + head) * D, even, odd, rest, head_ok, WIDTH, REST, mma)
             gl.store(partial_lse_ptr + (first_row + row), lse, mask=row < G)
