@@ -64,15 +64,15 @@ def test_the_fraction_is_of_what_is_free_before_weights_are_loaded() -> None:
 
 
 def test_a_fraction_that_leaves_no_room_for_activations_and_graphs_does_not_fit() -> None:
-    """0.99 of the 78.6 GiB that are free before weights leave 0.79 for activations and graphs, which take 1.54."""
+    """0.99 of the 78.6 GiB free before weights leave 0.79 for activations, graphs and tables, which take 1.61."""
     asked: dict[str, Any] = {"model": "8b", "gpu": "h100", "engine": "sglang", "context_tokens": 8192}
     plan = kvplan.size(**asked, gpu_memory_utilization=0.99)
     memory = plan.memory
     outside = (memory.activation_bytes or 0) + (memory.graph_bytes or 0) + (memory.overhead_bytes or 0)
     assert memory.excess_bytes == (memory.usable_bytes or 0) + outside - (memory.total_bytes or 0) > 0
     assert plan.fits is False and plan.verdict is False
-    assert plan.advice[0].message.endswith("at most --mem-fraction-static 0.98 would do")
-    assert kvplan.size(**asked, gpu_memory_utilization=0.98).fits
+    assert plan.advice[0].message.endswith("at most --mem-fraction-static 0.97 would do")
+    assert kvplan.size(**asked, gpu_memory_utilization=0.97).fits
     report = kvplan.report(**asked, gpu_memory_utilization=0.99)
     assert not report.answers.fits and report.answers.headline.startswith("No: ")
 
@@ -155,6 +155,41 @@ def test_the_longest_context_of_amd_is_held_by_a_server_that_is_told_of_it() -> 
     assert longest is not None and longest < 8192
     assert kvplan.size(**asked, context_tokens=longest).fits is True
     assert kvplan.size(**asked, context_tokens=longest + 64).fits is False
+
+
+def test_a_table_of_requests_and_their_tokens_is_allocated_beside_the_fraction() -> None:
+    """4 B × 2,049 requests × 1,048,580 tokens are 8.0 GiB; 64 requests are told to need 0.25 GiB."""
+
+    def activation(**request: Any) -> int:
+        plan = kvplan.size(model="llama-4-scout", gpu="b200", engine="sglang", tp_size=8, **request)
+        assert plan.memory.activation_bytes is not None
+        return plan.memory.activation_bytes
+
+    short, long = activation(context_tokens=1024), activation(context_tokens=2**20)
+    assert long - short == 4 * 2049 * (2**20 - 1024)
+    few = activation(context_tokens=2**20, max_num_seqs=64) - activation(context_tokens=1024, max_num_seqs=64)
+    assert few == 4 * 65 * (2**20 - 1024)
+
+
+@pytest.mark.parametrize(("fraction", "says"), [(None, False), (0.9, False), (0.92, False), (0.95, True), (0.97, True)])
+def test_a_fraction_that_leaves_less_than_sglangs_guide_wants_says_so(fraction: float | None, says: bool) -> None:
+    """An H100: 78.6 GiB free, of which 0.95 leaves 3.9 for graphs, the table of requests and activations."""
+    asked: dict[str, Any] = {"model": "8b", "gpu": "h100", "engine": "sglang", "context_tokens": 8192}
+    plan = kvplan.size(**asked, gpu_memory_utilization=fraction)
+    assert plan.fits is True
+    said = [advice.message for advice in plan.advice if advice.code == "little_left"]
+    assert bool(said) is says
+    if says:
+        assert "--mem-fraction-static 0.92 would leave that" in said[0]
+
+
+def test_a_table_of_long_requests_is_named_where_it_leaves_too_little() -> None:
+    asked: dict[str, Any] = {"model": "llama-4-scout", "gpu": "h200", "engine": "sglang", "tp_size": 8}
+    many = kvplan.size(**asked, context_tokens=2**20, max_num_seqs=4096)
+    said = next(advice.message for advice in many.advice if advice.code == "little_left")
+    assert "16.00 GiB are the table" in said
+    few = kvplan.size(**asked, context_tokens=2**20, max_num_seqs=64)
+    assert not any(advice.code == "little_left" for advice in few.advice)
 
 
 def test_small_gpus_changed_their_defaults_in_0_5_20() -> None:

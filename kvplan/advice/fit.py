@@ -10,6 +10,7 @@ from typing import Any
 
 from kvplan.errors import KvplanError
 from kvplan.memory.cache_plan import CachePlan
+from kvplan.memory.engines.sglang_memory import FREE_AFTER_START_BYTES
 from kvplan.memory.limits import kv_bytes_for, most_held
 from kvplan.memory.plan import Advice, SizePlan
 from kvplan.memory.planner import fits
@@ -138,6 +139,8 @@ def budget(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[Advice]:
             message=f"weights, the KV bytes set aside and the engine's own memory exceed the GPU's memory by "
             f"{format_gib(memory.excess_bytes)}: the engine would run out of memory{most}",
         )
+    elif setup.engine.fraction_of == "static" and memory.kv_cache_bytes is not None:
+        yield from _free_after_start(setup, answer)
     elif (
         setup.request.kv_cache_memory_bytes is None
         and memory.kv_cache_bytes is not None
@@ -147,3 +150,22 @@ def budget(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[Advice]:
             code="activation_unknown",
             message="activation peak unknown without an architecture and not taken off: give --activation-memory",
         )
+
+
+def _free_after_start(setup: Setup, answer: SizePlan) -> Iterator[Advice]:
+    """SGLang takes its fraction whole, whatever activations need later: less than its guide wants free is said."""
+    memory, table = answer.memory, setup.engine.table_bytes(setup.options)
+    started = [memory.weights_bytes, memory.kv_cache_bytes, memory.graph_bytes, memory.overhead_bytes, table]
+    free = (memory.total_bytes or 0) - sum(size or 0 for size in started)
+    if memory.total_bytes is None or free >= FREE_AFTER_START_BYTES:
+        return
+    usable, given = memory.usable_bytes or 1, setup.request.kv_cache_memory_bytes is None
+    fraction = floor(setup.fraction * (usable - FREE_AFTER_START_BYTES + free) / usable * 100) / 100
+    lower = f"; {setup.engine.fraction_flag} {fraction:g} would leave that" if given and fraction > 0 else ""
+    if table >= FREE_AFTER_START_BYTES / 4:
+        lower += f"; {format_gib(table)} are the table of requests and their tokens: a lower --max-num-seqs takes less"
+    yield Advice(
+        code="little_left",
+        message=f"{f'{format_gib(free)} are' if free > 0 else 'nothing is'} left for activations when the server has "
+        f"started, and SGLang's guide wants 5 to 8 GB: it may run out of memory under load{lower}",
+    )

@@ -87,6 +87,7 @@ class BudgetInputs:
     ep: bool = False
     subtracts_graphs: bool = True
     kept_share: float = 1.0
+    table_bytes: int = 0
     num_layers: int = 0
     version: str = ""
     version_read: bool = True
@@ -203,7 +204,9 @@ def _activation(model: ModelConfig | None, inputs: BudgetInputs) -> Term:
         f"max of {tokens:,} batched tokens × {per_token:,} B and {inputs.num_seqs:,} sequences × {model.vocab_size:,} "
         f"logits × {4 * SAMPLER_COPIES} B"
     )
-    return Term(max(forward, sampler), "assumed", detail, flag)
+    if inputs.table_bytes:
+        detail += f", and {inputs.table_bytes:,} B for the table of requests and their tokens"
+    return Term(max(forward, sampler) + inputs.table_bytes, "assumed", detail, flag)
 
 
 def _graphs(inputs: BudgetInputs) -> Term:

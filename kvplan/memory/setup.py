@@ -320,6 +320,7 @@ def budget_of(setup: Setup, weights: WeightBytes | None) -> Budget:
         engine=setup.engine,
         fraction=setup.memory_fraction,
         kept_share=setup.engine.kept_share(setup.model, setup.options),
+        table_bytes=setup.engine.table_bytes(setup.options),
         fraction_given=request.gpu_memory_utilization is not None,
         batched_tokens=setup.batched_tokens,
         num_seqs=setup.options.max_num_seqs,

@@ -29,6 +29,7 @@ class Engine:
             KV gets fraction × what is free after everything else).
         default_fraction: for a model and options, with its derivation where there is one.
         kept_share: what of the fraction, a given one too, the engine really takes.
+        table_bytes: what it allocates for each request that may run, beside KV and the fraction.
         splits_contexts: its decode context parallelism is among the rules that were read, so that it may be advised.
         default_batched_tokens: tokens of a step of one replica unless told, for a GPU, a version and ranks of
             data-parallel attention; None where they are vLLM's.
@@ -57,6 +58,7 @@ class Engine:
     default_batched_tokens: Callable[[GpuSpec | None, tuple[int, ...], int], int] | None = None
     derived_num_seqs: Callable[[CachePlan, int, int], tuple[int, str, str]] | None = None
     kept_share: Callable[[ModelConfig, EngineOptions], float] = lambda model, options: 1.0
+    table_bytes: Callable[[EngineOptions], int] = lambda options: 0
 
 
 def _vllm_plan(model: ModelConfig, options: EngineOptions) -> CachePlan:
@@ -119,6 +121,12 @@ def _sglang_share(model: ModelConfig, options: EngineOptions) -> float:
     return sglang_memory.aiter_share(model, options)
 
 
+def _sglang_table(options: EngineOptions) -> int:
+    from kvplan.memory.engines import sglang_memory
+
+    return sglang_memory.request_table_bytes(options)
+
+
 def _constant(value: float) -> Callable[[ModelConfig, EngineOptions], MemoryFraction]:
     return lambda model, options: MemoryFraction(value)
 
@@ -131,7 +139,7 @@ ENGINES: dict[str, Engine] = {
                splits_contexts=True),
         Engine("sglang", "0.5", _sglang_plan, "static", _sglang_fraction, "--mem-fraction-static",
                "sglang/srt", False, default_batched_tokens=_sglang_batched, derived_num_seqs=_sglang_num_seqs,
-               kept_share=_sglang_share),
+               kept_share=_sglang_share, table_bytes=_sglang_table),
         Engine("tensorrt-llm", "1.3", _tensorrt_llm_plan, "free", _constant(0.9), "free_gpu_memory_fraction",
                "tensorrt_llm/llmapi/llm_args.py KvCacheConfig", False),
         Engine("generic", "1", _generic_plan, "total", _constant(0.9), "--gpu-memory-utilization",

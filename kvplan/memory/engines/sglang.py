@@ -17,7 +17,7 @@ from kvplan.errors import UnsupportedError
 from kvplan.memory.cache_plan import CachePlan, Pool
 from kvplan.memory.engines import approximate
 from kvplan.memory.engines.options import EngineOptions
-from kvplan.memory.engines.sglang_memory import rules_version
+from kvplan.memory.engines.sglang_memory import LEAST_RUNNING, MOST_RUNNING, rules_version
 from kvplan.model_config.types import ModelConfig
 from kvplan.units import format_gib
 
@@ -159,7 +159,7 @@ def _counted_states(plan: CachePlan, groups: list[int], requests: int, kv_bytes:
 def running_limit(plan: CachePlan, available_bytes: int, longest_tokens: int) -> tuple[int, str, str]:
     """``--max-running-requests`` of one replica unless told, how it comes about, and by which rule of the engine."""
     tokens = plan.capacity_tokens(available_bytes, longest_tokens)
-    limit = min(max(min(tokens * 512 // longest_tokens, 4096), 2048), tokens // 2)
+    limit = min(max(min(tokens * 512 // longest_tokens, MOST_RUNNING), LEAST_RUNNING), tokens // 2)
     formula = f"512 × {tokens:,} tokens / {longest_tokens:,}, from 2,048 to 4,096, and no more than half the tokens"
     states = next((pool for pool in plan.pools if pool.name == "states"), None)
     if states is not None:

@@ -23,6 +23,13 @@ ACTIVATION_MIB_PER_TOKEN = 1.5
 LEAST_ACTIVATION_TOKENS = 2048
 LARGE_GPU_MIB = 60 * 1024
 LARGE_GPU_LEAST_MIB = 10 * 1024
+LEAST_RUNNING, MOST_RUNNING = 2048, 4096
+"""Requests at once unless told, as far as tokens go (``resolve_max_num_reqs``)."""
+
+FREE_AFTER_START_BYTES = 5 * 2**30
+"""What the engine's guide wants free for activations once a server has started: ``available_gpu_mem`` of 5 to 8 GB in
+its log (``docs/advanced_features/hyperparameter_tuning.md``)."""
+
 AITER_SHARE = 0.85
 AITER_CONTEXT = 8192
 
@@ -197,6 +204,14 @@ def default_fraction(model: ModelConfig, options: EngineOptions) -> MemoryFracti
         value *= factor
         rules.append(("memory fraction with a vision tower", f"× {factor:.4f} = {value:.4f}", source))
     return MemoryFraction(value, f"{formula}, {name}", tuple(rules))
+
+
+def request_table_bytes(options: EngineOptions) -> int:
+    """Bytes that say where tokens lie: 4 for each of the longest request, for each that may run and one more.
+
+    ``mem_cache/memory_pool.py`` ``ReqToTokenPool``, beside the fraction; for 2,048 requests or more unless told.
+    """
+    return ((options.running_limit or LEAST_RUNNING) + 1) * (options.longest_tokens + 4) * 4
 
 
 def aiter_share(model: ModelConfig, options: EngineOptions) -> float:
