@@ -2,8 +2,8 @@
 
 vLLM: ``vllm serve --help`` (vllm/engine/arg_utils.py). SGLang: sglang/srt/server_args.py, since 0.5.20 arg_groups/
 (read in 0.5.5 to 0.5.23).
-TensorRT-LLM: tensorrt_llm/commands/serve.py (read in 1.2 development); the KV dtype is not an option there but a field
-of the YAML file that ``--config`` names.
+TensorRT-LLM: tensorrt_llm/commands/serve.py (read in 1.2 development; for DeepSeek-V4 its example); the KV dtype is not
+an option there but a field of the YAML file that ``--config`` names.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kvplan.memory.cache_plan import CachePlan
 from kvplan.memory.engines import ENGINES
 from kvplan.memory.engines.sglang import page_tokens
 from kvplan.memory.engines.sglang_memory import default_batched_tokens, rules_version
-from kvplan.memory.engines.tensorrt_llm import ELSEWHERE
+from kvplan.memory.engines.tensorrt_llm import COMPRESSED_BLOCK_TOKENS, COMPRESSED_SINCE, elsewhere
 from kvplan.memory.engines.vllm_versions import CURRENT, VersionRules
 from kvplan.memory.setup import Setup
 from kvplan.memory.splits import redundant_experts, split_refusal
@@ -207,8 +207,11 @@ def _copies_note(setup: Setup, copies: int) -> str:
 
 def _tensorrt_llm(setup: Setup, kv_dtype: str, users: int | None) -> tuple[str | None, list[str]]:
     request = setup.request
-    if setup.gpu is not None and setup.gpu.vendor == "amd":
-        return None, [f"no launch line: {ELSEWHERE}"]
+    reason = elsewhere(setup.model, setup.gpu)
+    if reason is not None:
+        return None, [f"no launch line: {reason}"]
+    compressed = "compressed" in setup.model.cache_kinds
+    kv_dtype = "fp8" if compressed and kv_dtype == "fp8_ds_mla" else kv_dtype
     if kv_dtype not in TRTLLM_KV:
         return None, [f"TensorRT-LLM has no KV format {kv_dtype}; it takes auto, fp8 and nvfp4"]
     ranks = _attention_dp(setup)
@@ -221,8 +224,15 @@ def _tensorrt_llm(setup: Setup, kv_dtype: str, users: int | None) -> tuple[str |
     if ranks > 1:
         held.append("enable_attention_dp: true")
     if not is_auto or held:
-        held.append(f"kv_cache_config: {{dtype: {AUTO if is_auto else TRTLLM_KV[kv_dtype]}}}")
+        dtype = AUTO if is_auto else TRTLLM_KV[kv_dtype]
+        block = f", tokens_per_block: {COMPRESSED_BLOCK_TOKENS}" if compressed else ""
+        held.append(f"kv_cache_config: {{dtype: {dtype}{block}}}")
     notes = []
+    if compressed:
+        notes.append(
+            f"DeepSeek-V4 needs a release candidate, {COMPRESSED_SINCE} or later; its guide starts with 0.5 of the "
+            "free memory, and leaves --custom_tokenizer out for base checkpoints"
+        )
     if copies:
         slots = max(layer.num_experts for layer in setup.model.layers) + copies
         held.append(f"moe_config: {{load_balancer: {{num_slots: {slots}}}}}")
@@ -236,6 +246,7 @@ def _tensorrt_llm(setup: Setup, kv_dtype: str, users: int | None) -> tuple[str |
         ("--max_seq_len", setup.max_model_len_tokens),
         ("--max_batch_size", users if request.max_num_seqs is None else request.max_num_seqs),
         ("--free_gpu_memory_fraction", f"{_fraction(setup, 'tensorrt-llm'):g}"),
+        ("--custom_tokenizer", "deepseek_v4" if compressed else None),
         ("--config", TRTLLM_CONFIG if held else None),
     ]
     return _command(["trtllm-serve", model_reference(setup)], options), notes

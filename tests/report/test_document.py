@@ -571,6 +571,22 @@ def test_groups_of_four_bit_weights_are_split_whole(engine: str) -> None:
     assert kvplan.size(**moe, tp_size=8).fits is True
 
 
+def test_deepseek_v4_runs_on_tensorrt_llm_on_data_centre_blackwell_only() -> None:
+    """examples/models/core/deepseek_v4/README.md: SM100, blocks of 128 tokens; 1.3.0rc24 stops on an RTX PRO 6000."""
+    asked: dict[str, Any] = {"model": "deepseek-v4-flash", "tp_size": 8, "ep": True}
+    command = launched("tensorrt-llm", **asked, gpu="b200")
+    assert "trtllm-serve deepseek-ai/DeepSeek-V4-Flash --tp_size 8 --ep_size 8 " in command
+    assert " --custom_tokenizer deepseek_v4 --config kvplan-trtllm.yaml" in command
+    report = kvplan.report(**asked, gpu="b200", engine="tensorrt-llm", context_tokens="8k", date=DATE)
+    assert report.launch[0].notes[0].endswith("{kv_cache_config: {dtype: fp8, tokens_per_block: 128}}")
+    assert "1.3.0rc24" in report.launch[0].notes[1]
+    assert kvplan.size(**asked, gpu="b200", engine="trtllm", context_tokens=8192).kv_cache.block_size_tokens == 128
+    for gpu in ("h200", "rtx-pro-6000-server", "mi355x"):
+        assert launched("tensorrt-llm", **asked, gpu=gpu) == ""
+        with pytest.raises(KvplanError, match="TensorRT-LLM: it runs"):
+            kvplan.size(**asked, gpu=gpu, engine="trtllm", context_tokens=8192)
+
+
 def test_replicas_are_started_with_a_limit_each() -> None:
     asked: dict[str, Any] = {"model": "8b", "gpu": "h200", "dp_size": 8, "concurrency": 64}
     assert " --dp-size 8 --context-length 8192 --max-running-requests 8 " in launched("sglang", **asked)

@@ -3,17 +3,24 @@
 Sources, under ``tensorrt_llm/``: ``llmapi/llm_args.py`` (KvCacheConfig: tokens_per_block 32, free_gpu_memory_fraction
 0.9), ``_torch/pyexecutor/resource_manager.py`` (KVCacheManager: bytes per token, pools per window).
 What is left out: host offloading, the split of memory between window pools, and the state manager's own budget.
+DeepSeek-V4: ``examples/models/core/deepseek_v4/README.md`` (blocks of 128 tokens, tokenizer, GPUs). 1.3.0rc24 loads it,
+and stops on an RTX PRO 6000 (NVIDIA/TensorRT-LLM#18039); the newest stable release, 1.2.1, has no such model. The
+bytes of its rows were not read: they are taken as vLLM's.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from kvplan.errors import UnsupportedError
+from kvplan.gpu import GpuSpec
 from kvplan.memory.cache_plan import CachePlan
 from kvplan.memory.engines import approximate
 from kvplan.memory.engines.options import EngineOptions
 from kvplan.model_config.types import ModelConfig
 
-ELSEWHERE = "it runs on NVIDIA GPUs only"
+COMPRESSED_SINCE = "1.3.0rc24"
+COMPRESSED_BLOCK_TOKENS = 128
 FORMATS = frozenset({"bfloat16", "float16", "fp8", "fp8_e4m3", "nvfp4"})
 
 
@@ -26,13 +33,25 @@ RULES = approximate.Rules("tensorrt-llm", "1.3", 32, "tensorrt_llm/_torch/pyexec
                           auto=_auto)  # fmt: skip
 
 
+def elsewhere(model: ModelConfig, gpu: GpuSpec | None) -> str | None:
+    """Why the engine does not run the model on the GPU; None where it does, or no GPU is named."""
+    if gpu is not None and gpu.vendor == "amd":
+        return "it runs on NVIDIA GPUs only"
+    if gpu is not None and "compressed" in model.cache_kinds and not 100 <= (gpu.sm or 0) < 120:
+        return f"it runs DeepSeek-V4 on B200, B300 and their GB200 and GB300 only ({COMPRESSED_SINCE})"
+    return None
+
+
 def plan_cache(model: ModelConfig, options: EngineOptions) -> CachePlan:
     """The cache of ``model`` in TensorRT-LLM's block pools; an approximation.
 
     Raises:
-        UnsupportedError: the GPU is not NVIDIA's.
+        UnsupportedError: the GPU is not NVIDIA's, or not one that runs the model.
 
     """
-    if options.gpu is not None and options.gpu.vendor == "amd":
-        raise UnsupportedError(f"TensorRT-LLM: {ELSEWHERE}", hint="--engine vllm or sglang")
-    return approximate.plan_cache(RULES, model, options)
+    reason = elsewhere(model, options.gpu)
+    if reason is not None:
+        raise UnsupportedError(f"TensorRT-LLM: {reason}", hint="--engine vllm or sglang")
+    compressed = "compressed" in model.cache_kinds
+    rules = replace(RULES, default_block_tokens=COMPRESSED_BLOCK_TOKENS) if compressed else RULES
+    return approximate.plan_cache(rules, model, options)
