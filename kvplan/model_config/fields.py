@@ -58,7 +58,9 @@ class Fields:
         return None if value is None else self.check_integer(self._first(names), value, low, high)
 
     def check_integer(self, field: str, value: Any, low: int, high: int) -> int:
-        """``value`` as an int within bounds, or an error that names ``field``."""
+        """``value`` as an int within bounds, or an error that names ``field``; a list that repeats a value is it."""
+        if isinstance(value, list) and len(value) > 1 and all(item == value[0] for item in value):
+            value = value[0]
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.fail(field, f"must be a whole number, not {shorten(repr(value), 40)}")
         if isinstance(value, float) and (not math.isfinite(value) or value != int(value)):

@@ -164,7 +164,9 @@ def _groups(plan: SizePlan) -> str:
         parts.append(f"{group.num_layers} {group.kind}" + (f" × {heads}" if group.kind != "state" else ""))
     unique = list(dict.fromkeys(parts))
     counted = [f"{parts.count(part)} × ({part})" if parts.count(part) > 1 else part for part in unique]
-    return "layers: " + ", ".join(counted)
+    windows = {group.window_tokens for group in plan.kv_cache.groups if group.window_tokens}
+    beyond = windows and not plan.kv_cache.bytes_per_token
+    return (f"beyond windows of {max(windows):,} tokens; " if beyond else "") + "layers: " + ", ".join(counted)
 
 
 def _memory(console: Console, plan: SizePlan) -> None:

@@ -57,6 +57,7 @@ _ARCHITECTURES = {
     "KimiK25ForConditionalGeneration": "deepseek",
     "GlmMoeDsaForCausalLM": "deepseek",
     "Glm4MoeLiteForCausalLM": "deepseek",
+    "MistralLarge3ForCausalLM": "deepseek",
     "Qwen3NextForCausalLM": "qwen_next",
     "Qwen3_5ForConditionalGeneration": "qwen_next",
     "Qwen3_5MoeForConditionalGeneration": "qwen_next",
@@ -101,6 +102,9 @@ _PLAIN_ARCHITECTURES = {
     "Olmo2ForCausalLM": "olmo2", "Olmo3ForCausalLM": "olmo3", "SmolLM3ForCausalLM": "smollm3",
     "GraniteForCausalLM": "granite", "SeedOssForCausalLM": "seed_oss", "Ernie4_5ForCausalLM": "ernie4_5",
     "Exaone4ForCausalLM": "exaone4", "HunYuanDenseV1ForCausalLM": "hunyuan_v1_dense",
+    "CohereForCausalLM": "cohere", "Starcoder2ForCausalLM": "starcoder2",
+    "GPTNeoXForCausalLM": "gpt_neox", "OPTForCausalLM": "opt", "BloomForCausalLM": "bloom", "GPT2LMHeadModel": "gpt2",
+    "Qwen2VLForConditionalGeneration": "qwen2",
 }  # fmt: skip
 
 _NOT_PLAIN = {
@@ -116,11 +120,12 @@ _NOT_PLAIN = {
     "num_kv_shared_layers": "layers that share a cache",
     "altup_num_inputs": "layers that share a cache", "conv_L_cache": "convolution state layers",
     "attention_head_dim_list": "per-layer heads", "use_cla": "layers that share a cache",
-    "layer_group_size": "linear attention layers",
+    "layer_group_size": "linear attention layers", "lru_width": "recurrent layers",
+    "cross_attention_layers": "cross attention layers", "num_attention_groups": "shared KV heads",
 }  # fmt: skip
 """Fields that say a layer keeps more than K and V, or none; an unknown family that has one is refused."""
 
-_GENERATORS = ("CausalLM", "LMHead", "ConditionalGeneration", "LLM")
+_GENERATORS = ("CausalLM", "LMHead", "ConditionalGeneration", "LLM", "ChatGLM")
 """What the class name of a model that generates text contains."""
 
 

@@ -38,9 +38,15 @@ def _every_other(fields: Fields, index: int, num_layers: int) -> bool:
 
 
 def _pattern(default: int) -> WindowRule:
-    """All but every N-th layer slide; N from ``sliding_window_pattern``, else ``default``."""
+    """All but every N-th layer slide; N from ``sliding_window_pattern``, else ``default``.
+
+    EXAONE spells the pattern out, as ``LLLG``; its last layer is always full.
+    """
 
     def rule(fields: Fields, index: int, num_layers: int) -> bool:
+        letters = fields.raw("sliding_window_pattern")
+        if isinstance(letters, str) and letters and set(letters) <= {"L", "G"}:
+            return letters[index % len(letters)] == "L" and index < num_layers - 1
         period = fields.integer("sliding_window_pattern", "_sliding_window_pattern", default=default)
         return (index + 1) % period != 0
 
@@ -79,13 +85,13 @@ class Traits:
     shared_gate: bool = False
     router_bias: bool = False
     expert_bias: bool = False
-    norm_bias: bool = False
     experts_in_intermediate: bool = False
     expert_module: str = "mlp"
     shared_module: str = "shared_experts"
 
 
 LLAMA = Traits()
+PLAIN = Traits(gated=False, qkv_bias=True, o_bias=True, mlp_bias=True)
 TRAITS: dict[str, Traits] = {
     "llama": LLAMA,
     "mistral": replace(LLAMA, window_default=4096),
@@ -116,6 +122,12 @@ TRAITS: dict[str, Traits] = {
     "ernie4_5": replace(LLAMA, tied=True),
     "exaone4": replace(LLAMA, qk_norm="head", window=_pattern(4)),
     "hunyuan_v1_dense": replace(LLAMA, qk_norm="head"),
+    "cohere": replace(LLAMA, tied=True, norms=1),
+    "starcoder2": replace(PLAIN, tied=True),
+    "gpt_neox": PLAIN,
+    "opt": replace(PLAIN, tied=True),
+    "bloom": replace(PLAIN, tied=True),
+    "gpt2": replace(PLAIN, tied=True),
 }  # fmt: skip
 """Traits by ``model_type``."""
 
@@ -166,8 +178,12 @@ def _layer(fields: Fields, traits: Traits, shape: AttentionShape, index: int, ki
     )
     norms = tuple(norm(f"norm_{n}", shape.hidden) for n in range(traits.norms))
     experts, mlp = mlp_or_experts(fields, traits, shape.hidden, index)
-    top_k = fields.integer("num_experts_per_tok", "experts_per_token", "top_k_experts", default=1) if experts else 0
+    chosen = ("num_experts_per_tok", "experts_per_token", "top_k_experts", "moe_topk", "moe_k")
+    top_k = fields.integer(*chosen, default=1) if experts else 0
     return Layer(caches, (*weights, *mlp, *norms), min(top_k, experts), experts)
+
+
+SHARED = ("n_shared_experts", "num_shared_experts", "num_shared_expert", "moe_num_shared_experts")
 
 
 def num_experts_of(fields: Fields) -> int:
@@ -199,7 +215,7 @@ def is_expert_layer(fields: Fields, index: int) -> bool:
 def mlp_or_experts(fields: Fields, traits: Traits, hidden: int, index: int) -> tuple[int, tuple[Weight, ...]]:
     """(number of experts or 0, weights of the layer's feed-forward part)."""
     if not is_expert_layer(fields, index):
-        names = ("dense_intermediate_size", "intermediate_size", "ffn_hidden_size", "n_inner")
+        names = ("dense_intermediate_size", "intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner")
         inner = fields.integer(*names, default=4 * hidden)
         bias = fields.boolean("mlp_bias", default=traits.mlp_bias)
         return 0, (gated_mlp if traits.gated else plain_mlp)(hidden, inner, bias=bias)
@@ -210,7 +226,7 @@ def mlp_or_experts(fields: Fields, traits: Traits, hidden: int, index: int) -> t
     inner = fields.integer(*inner_names)
     shared = fields.integer("shared_expert_intermediate_size", "share_expert_dim", default=0, low=0)
     if not shared:
-        shared = fields.integer("n_shared_experts", "num_shared_experts", default=0, low=0, high=MAX_COUNT) * inner
+        shared = fields.integer(*SHARED, default=0, low=0, high=MAX_COUNT) * inner
     return experts, moe(
         hidden,
         experts,

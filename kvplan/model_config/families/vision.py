@@ -31,7 +31,7 @@ def vision_weights(outer: Fields) -> list[Weight]:
     fields = outer.child("vision_config")
     if fields is None or not fields.has("hidden_size"):
         return []
-    hidden = fields.integer("hidden_size")
+    hidden = fields.integer("embed_dim", "hidden_size")  # Qwen2-VL's hidden_size is the language model's
     depth = fields.integer("depth", "num_hidden_layers", default=0, low=0, high=4096)
     inner = fields.integer("intermediate_size", default=4 * hidden)
     gated = fields.text("model_type") in GATED_TOWERS or outer.text("model_type") in ("gemma4", "mistral3")
@@ -72,7 +72,9 @@ def _blocks(hidden: int, inner: int, depth: int, gated: bool) -> list[Weight]:
 def _mergers(outer: Fields, fields: Fields, hidden: int) -> list[Weight]:
     """Qwen-VL's patch mergers, or Mistral's merger and projector."""
     merge = fields.optional_integer("spatial_merge_size", high=64)
-    out = fields.optional_integer("out_hidden_size")
+    out = fields.optional_integer("out_hidden_size") or (
+        fields.optional_integer("hidden_size") if fields.has("embed_dim") else None
+    )
     if merge and out:
         merged = hidden * merge * merge
         copies = 1 + len(fields.integers("deepstack_visual_indexes") or [])
