@@ -227,7 +227,7 @@ def _load(fixed: dict[str, Any], lists: dict[str, list[Any]], load: tuple[str | 
     from kvplan.latency.plan import DEFINITIONS
     from kvplan.latency.planner import plan_points
     from kvplan.latency.request import make_itl_request, make_point
-    from kvplan.latency.served import serve
+    from kvplan.latency.serve import serve
 
     flags = ("--isl", "--osl", "--concurrency")
     missing = [flag for flag, value in zip(flags, load, strict=True) if value is None]

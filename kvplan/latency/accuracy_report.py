@@ -63,9 +63,9 @@ TAIL = """
 - ITL at a stated batch and context uses the same parameters; nothing in the table measures it alone.
 - TTFT is fitted loosely (σ 0.35 of its logarithm) and only where requests do not queue for KV; its intervals say so.
 - Short runs of exact lengths start in a burst: their TTFT is up to 4.4 times the steady state's, each request waiting
-  for no more prompts than there are. The fit and its residuals have that factor; a prediction is of the steady state,
-  and its interval reaches to the burst. NVIDIA's NIM benchmark has a steady load: Llama 3.3 70B in FP8 on two H100,
-  5,000 tokens, takes 0.41, 0.55 and 0.69 s with 1, 5 and 25 clients; predicted are 0.39, 0.41 and 0.50.
+  for no more prompts than there are. The fit and its residuals have that factor; a prediction is of the steady state.
+  NVIDIA's NIM benchmark has a steady load: Llama 3.3 70B in FP8 on two H100, 5,000 tokens, takes 0.41, 0.55 and 0.69 s
+  with 1, 5 and 25 clients; predicted are 0.39, 0.41 and 0.50.
 - No row has one client, nor a prompt of more than 15,000 tokens; intervals are wider there. Attention over a prompt
   reaches its own share of the 16-bit peak, 0.63. With the share of matrix products, 0.18 in models with experts,
   prompts of 131,072 tokens took them two to three times as long. Held-out TPOT is as good with it as without.

@@ -13,7 +13,8 @@ from kvplan.errors import KvplanError
 from kvplan.latency.plan import ItlPlan
 from kvplan.latency.planner import parameters_of, plan_points
 from kvplan.latency.request import Point, check_length, make_itl_request
-from kvplan.latency.served import Served, serve
+from kvplan.latency.serve import serve
+from kvplan.latency.served import Served
 from kvplan.latency.step import step_times
 from kvplan.memory.limits import longest_held
 from kvplan.memory.request import Source

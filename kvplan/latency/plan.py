@@ -14,8 +14,8 @@ DEFINITIONS = {
     "itl_s": "inter-token latency: one gap between tokens of a request, which is one decode step",
     "tpot_s": "mean time per output token of a request under load: (end − first token) / (output tokens − 1); the "
     "interference of other requests' prefill is in it",
-    "ttft_s": "time from sending a request to its first token, under steady load; its interval reaches to short runs "
-    "whose requests, of equal lengths, start at once",
+    "ttft_s": "time from sending a request to its first token, under steady load; where requests of equal lengths "
+    "start at once, the first of them wait several times as long",
     "slope_s_per_token": "growth of itl_s for each token that every request's context grows by, the whole batch",
     "length_spread": "how far below nominal the lengths of requests are drawn; where unstated they average 0.95 of "
     "nominal, as in public benchmarks",

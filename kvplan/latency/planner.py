@@ -15,7 +15,8 @@ from kvplan.latency.load import load_state
 from kvplan.latency.parameters import serving_calibration
 from kvplan.latency.plan import Breakdown, DeploymentFacts, ItlPlan, Load
 from kvplan.latency.request import ALL_FIELDS, POINT_NAMES, Point, make_itl_request, make_point
-from kvplan.latency.served import Served, serve
+from kvplan.latency.serve import serve
+from kvplan.latency.served import Served
 from kvplan.latency.step import StepTimes, load_times, log_share_of, slope_s_per_token, step_times
 from kvplan.memory.request import unknown_field
 from kvplan.model_config.types import AttentionCache
@@ -210,7 +211,7 @@ def _plan_loads(served: Served, facts: DeploymentFacts, parameters: dict[str, fl
     interval = point_intervals(served, np.asarray(step.sequences), context)
     tpot, ttft, wait = (np.asarray(values) for values in (times.tpot_s, times.ttft_s, times.prefill_wait_s))
     mine = np.asarray(load.has_spread).astype(int), np.arange(len(points))
-    t_low, t_high = interval.ttft_low[mine], interval.ttft_high[mine] * times.burst
+    t_low, t_high = interval.ttft_low[mine], interval.ttft_high[mine]
     share = clients / ranks
     waiting = [_wait(served, float(c), bool(w)) for c, w in zip(clients, running < share - 1e-9, strict=True)]
     columns = (

@@ -14,7 +14,8 @@ import numpy as np
 
 from kvplan.latency.fit import Observations, fit, observe, predict
 from kvplan.latency.request import POINT_FIELDS, make_itl_request
-from kvplan.latency.served import Served, serve
+from kvplan.latency.serve import serve
+from kvplan.latency.served import Served
 from kvplan.latency.serving_rows import ServingRow, read_rows
 from kvplan.traffic import Floats
 

@@ -14,7 +14,7 @@ from kvplan.calibration import store
 from kvplan.calibration.schema import KIND, OTHER_KINDS
 from kvplan.latency.kv import attention_calibration, kv_speed
 from kvplan.latency.parameters import PROFILE
-from kvplan.latency.served import serve
+from kvplan.latency.serve import serve
 
 ITL = ("itl", "--model", "8b", "--gpu", "h200", "--ctx", "8k", "--batch", "32", "--kv-cache-dtype", "fp8", "--json")
 

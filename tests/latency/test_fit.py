@@ -9,7 +9,8 @@ import numpy as np
 from kvplan.latency.fit import Observations, fit, observe, predict
 from kvplan.latency.hierarchy import Design
 from kvplan.latency.request import make_itl_request
-from kvplan.latency.served import Served, serve
+from kvplan.latency.serve import serve
+from kvplan.latency.served import Served
 
 POINTS = [(isl, osl, c) for isl, osl in ((1024, 1024), (8192, 1024)) for c in (1, 4, 16, 64)]
 

@@ -370,6 +370,16 @@ def test_itl_fits_exactly_what_size_fits(split: dict[str, Any]) -> None:
     assert [kvplan.itl(**asked, batch_size=batch).fits for batch in (most, most + 1)] == [True, False]
 
 
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "tensorrt-llm"])
+def test_a_server_that_cannot_hold_its_longest_request_fits_nothing(engine: str) -> None:
+    """70B on one B200 leaves KV for 100k tokens: a server told of 128k does not start, whatever the batch."""
+    asked: dict[str, Any] = {"model": "70b", "gpu": "b200", "engine": engine, "kv_cache_dtype": "bf16"}
+    asked |= {"context_tokens": 16384, "batch_size": 1}
+    for longest, fits in ((32768, True), (131_072, False)):
+        assert kvplan.itl(**asked, max_model_len_tokens=longest).fits is fits
+        assert kvplan.size(**asked, max_model_len_tokens=longest).fits is fits
+
+
 def test_a_request_longer_than_the_server_takes_is_refused_where_that_is_stated(kvplan_cli: Callable[..., Ran]) -> None:
     words = ["itl", "--model", "8b", "--gpu", "h200", "--max-model-len", "8k"]
     assert "8,192" in kvplan_cli(*words).out  # as far as lines go unless told

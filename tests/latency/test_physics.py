@@ -250,16 +250,15 @@ def test_a_long_prompt_alone_takes_its_flops(model: str, tp: int, engine: str, b
     assert "outside the calibrated range" in found.interval_note
 
 
-def test_a_burst_is_in_the_interval_and_bounded_by_its_requests() -> None:
-    """Exact lengths: no request waits for more prompts than there are, and one for none."""
-    highs = []
-    for clients in (2, 4, 64):  # as many as were measured
-        load = kvplan.itl(model="70b", gpu="h200", tp_size=4, engine="trtllm", input_tokens=4000, output_tokens=500,
-                          concurrency=clients, length_spread=0.0).load  # fmt: skip
-        assert load is not None
-        highs.append(load.ttft_interval_s[1] / load.ttft_s)
-    assert highs[1] / highs[0] == pytest.approx(2)
-    assert 2 < highs[2] / highs[0] < 3  # 4.4 of 64
+def test_a_burst_is_bounded_by_its_requests() -> None:
+    """Where requests of exact lengths start together, none waits for more prompts than there are, and one for none."""
+    parameters = {p.name: np.float64(p.prior_log) for p in PARAMETERS} | {"ttft_exact": np.log(4.4)}
+    bursts = []
+    for sequences in (1, 2, 64):
+        step = StepFeatures(*(np.float64(x) for x in (0.0, 0.0, 0.0, 0.0, 0.0, 0, 1.0, 0.0, 1000, 0, sequences)))
+        load = LoadFeatures(np.float64(4000), np.float64(500), 0.1, 0.0, 0.0, np.float64(0), np.float64(0))
+        bursts.append(float(load_times(parameters, step, load).burst))
+    assert bursts == pytest.approx([1, 2, 4.4])
 
 
 def test_pipeline_stages_take_turns() -> None:

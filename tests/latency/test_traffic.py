@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from kvplan.latency.capacity import max_batches
 from kvplan.latency.request import make_itl_request
-from kvplan.latency.served import Served, serve
+from kvplan.latency.serve import serve
+from kvplan.latency.served import Served
 from kvplan.traffic import touched_share
 
 
