@@ -28,12 +28,29 @@ ASSETS = Path(__file__).parent / "assets"
 CHARTS = "vendor/echarts.common.min.js"
 _MARKDOWN = re.compile(r"([\\`*_\[\]<>#|~$])")
 _ENTITY = re.compile(r"&(?=[#A-Za-z])")
+_UNIT = re.compile(r"(?<=[0-9]) (?=(?:[mµ]?s|[KMGT]?i?B)\b)")
+_CODE = re.compile(r"`([^`|]+)`")
 
 
 def markdown_text(value: object) -> str:
     """``value`` as Markdown that shows it as it is: no markup, no table cell border, one line."""
-    text = " ".join(str(value).split())
+    return _escaped(" ".join(str(value).split()))
+
+
+def _escaped(text: str) -> str:
     return _ENTITY.sub("&amp;", _MARKDOWN.sub(r"\\\1", text))
+
+
+def markdown_prose(text: str) -> Markup:
+    """A sentence of ours as Markdown: what it has between backticks is code, all else is shown as it is."""
+    parts = _CODE.split(" ".join(text.split()))
+    return Markup("".join(code_span(part) if at % 2 else _escaped(part) for at, part in enumerate(parts)))
+
+
+def html_prose(text: str) -> Markup:
+    """A sentence of ours as HTML: what it has between backticks is code."""
+    parts = _CODE.split(_finalize_html(text))
+    return Markup("").join(Markup("<code>{}</code>").format(part) if at % 2 else part for at, part in enumerate(parts))
 
 
 def code_span(value: object) -> Markup:
@@ -45,8 +62,13 @@ def code_span(value: object) -> Markup:
     return Markup(f"{fence}{pad}{text}{pad}{fence}")
 
 
-def _finalize_markdown(value: object) -> object:
+def _finalize_markdown(value: object) -> str:
     return value if isinstance(value, Markup) else markdown_text(value)
+
+
+def _finalize_html(value: object) -> str:
+    """Text of which no line ends between a number and its unit; Markup as it is."""
+    return value if isinstance(value, Markup) else _UNIT.sub("\N{NO-BREAK SPACE}", str(value))
 
 
 FILTERS: dict[str, Any] = {
@@ -60,9 +82,11 @@ def _environment(markdown: bool) -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(ASSETS), autoescape=not markdown, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-        finalize=_finalize_markdown if markdown else None,
+        finalize=_finalize_markdown if markdown else _finalize_html,
     )  # fmt: skip
-    environment.filters |= FILTERS | {"code": code_span, "raw": Markup}
+    environment.filters |= FILTERS | {
+        "code": code_span, "raw": Markup, "prose": markdown_prose if markdown else html_prose
+    }  # fmt: skip
     return environment
 
 

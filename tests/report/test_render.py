@@ -19,7 +19,7 @@ from pydantic import ValidationError
 import kvplan
 from kvplan import Fleet, Report
 from kvplan.document.parts import printable
-from kvplan.document.render import ASSETS, code_span, markdown_text
+from kvplan.document.render import ASSETS, code_span, html_prose, markdown_prose, markdown_text
 from kvplan.document.schema import SCHEMAS, schema_text
 
 VENDOR = ASSETS / "vendor"
@@ -88,6 +88,46 @@ def test_the_chart_library_is_the_published_build_it_says_it_is() -> None:
     assert b"</script" not in script
 
 
+def test_commands_in_sentences_are_code_in_each_form() -> None:
+    """NVFP4 weights on TensorRT-LLM: a note names `kvplan itl`."""
+    report = kvplan.report(model="qwen3-235b-a22b", gpu="b200", tp_size=4, engine="trtllm", weight_dtype="nvfp4",
+                           context_tokens="32k", batch_size=64)  # fmt: skip
+    assert any("`kvplan itl`" in note for note in report.notes)
+    page = report.as_html().replace((VENDOR / "echarts.common.min.js").read_text(), "")
+    shown = re.sub(r"<script.*?</script>", "", page, flags=re.S)
+    assert "<code>kvplan itl</code>" in shown and "`" not in shown
+    assert "; `kvplan itl` takes fp8" in report.as_markdown()
+
+
+@pytest.mark.parametrize(
+    ("text", "html", "markdown"),
+    [
+        ("see `a <b>` & `c`", "see <code>a &lt;b&gt;</code> &amp; <code>c</code>", "see `a <b>` & `c`"),
+        ("one ` alone_", "one ` alone_", r"one \` alone\_"),
+        ("`a|b` in a cell", "`a|b` in a cell", r"\`a\|b\` in a cell"),
+        ("`` none", "`` none", r"\`\` none"),
+    ],
+)
+def test_code_is_what_stands_between_backticks(text: str, html: str, markdown: str) -> None:
+    assert (html_prose(text), markdown_prose(text)) == (html, markdown)
+
+
+def test_no_line_of_the_page_ends_between_a_number_and_its_unit(chat: Report) -> None:
+    page = chat.as_html()
+    assert re.search(r"[0-9]\N{NO-BREAK SPACE}GiB", page) and re.search(r"[0-9]\N{NO-BREAK SPACE}ms", page)
+    shown = re.sub(r"<(script|style|pre).*?</\1>", "", page, flags=re.S)
+    assert not re.search(r"[0-9] (?:ms|GiB|µs)\b", shown)
+    assert not any("\N{NO-BREAK SPACE}" in text for text in re.findall(r"<pre.*?</pre>", page, re.S))
+
+
+def test_missing_memory_is_called_missing() -> None:
+    """64 users of 128k on two H100s: 1,276 GiB a GPU are short."""
+    short = kvplan.report(model="70b", gpu="h100", tp_size=2, context_tokens="128k", batch_size=64)
+    page = short.as_html()
+    assert short.answers.kv_headroom_bytes is not None and short.answers.kv_headroom_bytes < 0
+    assert "<dt>Missing KV memory per GPU</dt><dd>1,276" in page and "<dd>−" not in page
+
+
 # ------------------------------------------------------------------------------------------------------------ escaping
 
 
@@ -104,7 +144,7 @@ def test_a_hostile_name_is_text_in_the_page(chat: Report, hostile: Report) -> No
 def test_no_control_or_bidi_character_survives(hostile: Report, form: str) -> None:
     text = getattr(hostile, form)()
     body = text.replace((VENDOR / "echarts.common.min.js").read_text(), "")
-    assert not [ch for ch in body if not ch.isprintable() and ch != "\n"]
+    assert not [ch for ch in body if not ch.isprintable() and ch not in "\n\N{NO-BREAK SPACE}"]
 
 
 def test_json_is_ascii_and_holds_the_name_as_data(hostile: Report) -> None:
@@ -180,7 +220,7 @@ def test_every_schema_of_the_documents_is_published() -> None:
 def test_a_report_without_javascript_has_the_figures_in_its_tables(chat: Report) -> None:
     page = re.sub(r"<script.*?</script>", "", chat.as_html(), flags=re.S)
     plan = kvplan.itl(model="70b", gpu="h200", tp_size=4, kv_cache_dtype="fp8", context_tokens="32k", batch_size=64)
-    assert f"{plan.itl_s * 1e3:.1f} ms" in page and "does not fit" in page
+    assert f"{plan.itl_s * 1e3:.1f}\N{NO-BREAK SPACE}ms" in page and "does not fit" in page
     most = kvplan.size(model="70b", gpu="h200", tp_size=4, context_tokens=1024).answers.max_batch_at_context
     assert most == 1181 and "1,181" in page  # users of bfloat16 at 1k: 1,183 less what a limit beyond 1,024 takes
     assert page.count("<summary>Figures of the ") == 3
