@@ -77,7 +77,7 @@ def calibrate_command(
     lines = None if found is None else work.errors(found)
     if as_json:
         errors = None if lines is None else [asdict(line) for line in lines]
-        sys.stdout.write(json.dumps({"calibration": document, "errors": errors}, indent=2) + "\n")
+        sys.stdout.write(json.dumps({"schema_version": 1, "calibration": document, "errors": errors}, indent=2) + "\n")
     else:
         _show(document, lines, found)
     for path in (output, predictions):

@@ -212,19 +212,19 @@ def _labelled(line: ItlLine) -> ItlLine:
 
 def _print_json(lines: list[ItlLine], failures: list[tuple[str, KvplanError]], contexts: list[int]) -> None:
     from kvplan.latency.lines import with_detail
-    from kvplan.latency.plan import DEFINITIONS
+    from kvplan.latency.plan import DEFINITIONS, SCHEMA_VERSION
 
     if len(lines) == 1 and not failures and len(contexts) == 1:
         found = with_detail(lines[0]).as_dict()
     else:
         errors = [{"label": label, "error": error.as_dict()} for label, error in failures]
-        found = {"lines": [line.as_dict() for line in lines], "errors": errors}
+        found = {"schema_version": SCHEMA_VERSION, "lines": [line.as_dict() for line in lines], "errors": errors}
     sys.stdout.write(json.dumps(found | {"definitions": DEFINITIONS}, indent=2, ensure_ascii=False) + "\n")
 
 
 def _load(fixed: dict[str, Any], lists: dict[str, list[Any]], load: tuple[str | None, str | None, str | None],
           ctx: str | None, spread: float | None, as_json: bool, explain: bool) -> None:  # fmt: skip
-    from kvplan.latency.plan import DEFINITIONS
+    from kvplan.latency.plan import DEFINITIONS, SCHEMA_VERSION
     from kvplan.latency.planner import plan_points
     from kvplan.latency.request import make_itl_request, make_point
     from kvplan.latency.serve import serve
@@ -256,7 +256,8 @@ def _load(fixed: dict[str, Any], lists: dict[str, list[Any]], load: tuple[str | 
     if as_json:
         rows = [plan.as_dict() | {"definitions": DEFINITIONS} for _, plan, _ in plans]
         errors = [{"label": label, "error": error.as_dict()} for label, error in failures]
-        found: Any = rows[0] if len(rows) == 1 and not errors else {"plans": rows, "errors": errors}
+        several = {"schema_version": SCHEMA_VERSION, "plans": rows, "errors": errors}
+        found: Any = rows[0] if len(rows) == 1 and not errors else several
         sys.stdout.write(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
         return
     from kvplan.terminal.itl_view import show_load

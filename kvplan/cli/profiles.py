@@ -36,9 +36,10 @@ def profiles_command(context: typer.Context, as_json: JSON = False) -> None:
          "origin": found.origin}
         for found in store.every()
     ]  # fmt: skip
-    counts = {"models": len(profiles.names("models")), "gpus": len(profiles.names("gpus"))}
+    num_models, num_gpus = (len(profiles.names(kind)) for kind in ("models", "gpus"))
     if as_json:
-        sys.stdout.write(json.dumps({"calibrations": rows, **counts}, indent=2) + "\n")
+        found = {"schema_version": 1, "calibrations": rows, "num_models": num_models, "num_gpus": num_gpus}
+        sys.stdout.write(json.dumps(found, indent=2) + "\n")
         return
     from kvplan.terminal.plain import Page
 
@@ -50,7 +51,7 @@ def profiles_command(context: typer.Context, as_json: JSON = False) -> None:
         version = str(row["engine_version"] or "–")
         table.append((row["name"], version, count, str(row["date"] or "–"), row["origin"]))
     page.table(("calibration", "version", "samples", "date", "from"), table, right=(2,))
-    print(f"{counts['models']} models (`kvplan models`), {counts['gpus']} GPUs (`kvplan gpus`)")
+    print(f"{num_models} models (`kvplan models`), {num_gpus} GPUs (`kvplan gpus`)")
 
 
 @profiles_app.command("show")

@@ -191,9 +191,13 @@ def _sweep(planner: Planner, fixed: dict[str, Any], lists: dict[str, list[Any]],
     if not plans and first_error is not None:
         raise first_error
     if as_json:
+        from kvplan.memory.plan import SCHEMA_VERSION
+
         rows: list[Any] = [plan.as_dict() for plan in plans]
         errors = [{"request": chosen, "error": error.as_dict()} for chosen, error in failures]
-        sys.stdout.write(json.dumps({"plans": rows, "errors": errors}, indent=2) + "\n")
+        sys.stdout.write(
+            json.dumps({"schema_version": SCHEMA_VERSION, "plans": rows, "errors": errors}, indent=2) + "\n"
+        )
     else:
         from kvplan.terminal.console import make_console
         from kvplan.terminal.size_view import show_sweep

@@ -10,6 +10,7 @@ from kvplan.latency.request import POINT_NAMES, Point
 from kvplan.memory.request import Source
 from kvplan.model_config.types import beyond_claim
 
+SCHEMA_VERSION = 1
 DEFINITIONS = {
     "itl_s": "inter-token latency: one gap between tokens of a request, which is one decode step",
     "tpot_s": "mean time per output token of a request under load: (end − first token) / (output tokens − 1); the "
@@ -17,6 +18,8 @@ DEFINITIONS = {
     "ttft_s": "time from sending a request to its first token, under steady load; where requests of equal lengths "
     "start at once, the first of them wait several times as long",
     "slope_s_per_token": "growth of itl_s for each token that every request's context grows by, the whole batch",
+    "breakdown": "seconds of itl_s by what takes them: weights read, KV read, products that weights do not hide, "
+    "collectives, overhead",
     "length_spread": "how far below nominal the lengths of requests are drawn; where unstated they average 0.95 of "
     "nominal, as in public benchmarks",
     "interval_s": "80% interval: from residuals of deployments that were left out of the fit",
@@ -128,6 +131,7 @@ class ItlPlan(NamedTuple):
         """The JSON contract, and more."""
         point = {name: value for name in POINT_NAMES if (value := getattr(self.point, name)) is not None}
         found: dict[str, Any] = {
+            "schema_version": SCHEMA_VERSION,
             "request": {**self.facts.request, **point},
             "num_gpus": self.facts.num_gpus,
             "itl_s": self.itl_s,

@@ -16,6 +16,7 @@ from kvplan.samples import Sample
 if TYPE_CHECKING:
     from kvplan.measure.step_plan import StepReport
 
+SCHEMA_VERSION = 1
 BASE = "bfloat16"
 MIN_POINTS = 2
 
@@ -127,7 +128,7 @@ class MeasureReport:
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON form."""
-        return asdict(self)
+        return {"schema_version": SCHEMA_VERSION, **asdict(self)}
 
     def to_json(self) -> str:
         """One JSON object."""
