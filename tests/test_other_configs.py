@@ -5,6 +5,7 @@ Fields are those of the published config.json; parameters are those the model's 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,19 @@ def test_an_unknown_family_of_plain_attention_is_planned_and_said_to_be_unknown(
     config = text("DotsTwoForCausalLM", "dots2", 4096, 32, 32, 8, 14_336, 128_256)
     plan = kvplan.size(model=model_folder(tmp_path, config), context_tokens=8192)
     assert any("unknown family (DotsTwoForCausalLM)" in note for note in plan.model.notes)
+
+
+def test_a_configuration_that_changed_and_another_of_the_same_relative_path_are_read_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = {"here": 32, "there": 16}
+    for folder, count in layers.items():
+        model_folder(tmp_path / folder, text("LlamaForCausalLM", "llama", 4096, count, 32, 8, 14_336, 128_256))
+        monkeypatch.chdir(tmp_path / folder)
+        assert resolve_model("./config.json").num_layers == count
+    model_folder(tmp_path / "there", text("LlamaForCausalLM", "llama", 4096, 8, 32, 8, 14_336, 128_256))
+    os.utime("config.json", ns=(0, 1))
+    assert resolve_model("./config.json").num_layers == 8
 
 
 def test_mistral_large_3_is_of_deepseeks_kind(tmp_path: Path) -> None:

@@ -24,7 +24,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
                    "text_config": {**GDN, "model_type": "qwen3_5_text", "hidden_size": 4096, "num_hidden_layers": 32,
                                    "intermediate_size": 12_288, "num_attention_heads": 16, "num_key_value_heads": 4,
                                    "full_attention_interval": 4, "linear_num_value_heads": 32,
-                                   "mamba_ssm_dtype": "float32", "max_position_embeddings": 262_144}},
+                                   "mamba_ssm_dtype": "float32", "max_position_embeddings": 262_144},
+                   "vision_config": {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16,
+                                     "out_hidden_size": 4096, "patch_size": 16, "temporal_patch_size": 2,
+                                     "in_channels": 3, "spatial_merge_size": 2, "num_position_embeddings": 2304}},
     "gdn-92-layers": {**GDN, "architectures": ["Qwen3_5MoeForConditionalGeneration"], "model_type": "qwen3_5_moe_text",
                       "hidden_size": 5120, "num_hidden_layers": 92, "num_attention_heads": 64, "num_key_value_heads": 4,
                       "num_experts": 512, "num_experts_per_tok": 10, "moe_intermediate_size": 1280,
@@ -110,7 +113,7 @@ TOKENS = [
 def planned(log: Log, folder: Path, **more: Any) -> kvplan.SizePlan:
     options = {**log.options, **more}
     if options["model"] in CONFIGS:
-        options["model"] = model_folder(folder, CONFIGS[options["model"]])
+        options["model"] = model_folder(folder / options["model"], CONFIGS[options["model"]])
     return kvplan.size(compare=False, **options)
 
 
@@ -123,6 +126,27 @@ def test_the_printed_bytes_hold_the_printed_tokens(log: Log, tmp_path: Path) -> 
     assert (least.capacity_tokens or 0) - block <= log.tokens <= (most.capacity_tokens or 0) + block
     if log.concurrency is not None:
         assert (least.max_concurrency or 0) - 0.05 <= log.concurrency <= (most.max_concurrency or 0) + 0.05
+
+
+BUDGETS = [
+    (0, {"gpu_memory_utilization": 0.9, "max_num_batched_tokens": 2048}),
+    (1, {"gpu_memory_utilization": 0.85, "max_num_batched_tokens": 8192, "max_num_seqs": 256}),
+    (2, {"gpu_memory_utilization": 0.85, "max_num_batched_tokens": 8192, "max_num_seqs": 256}),
+    (5, {"gpu_memory_utilization": 0.95, "max_num_batched_tokens": 8192, "max_num_seqs": 10}),
+    (9, {"gpu_memory_utilization": 0.9}),
+    (14, {"gpu_memory_utilization": 0.32}),
+    (16, {}),
+]
+"""Rows whose every setting is public, with what says how much memory there is for KV."""
+
+
+def test_the_memory_left_for_kv_is_planned_1_to_18_percent_high_and_4_in_the_median(tmp_path: Path) -> None:
+    errors = sorted(
+        (planned(TOKENS[row], tmp_path, **settings).memory.kv_cache_bytes or 0) / (TOKENS[row].kv_gib * GIB) - 1
+        for row, settings in BUDGETS
+    )
+    assert errors[0] > 0.005 and errors[-1] < 0.185
+    assert errors[len(errors) // 2] == pytest.approx(0.04, abs=0.005)
 
 
 @pytest.mark.parametrize(

@@ -35,11 +35,22 @@ def resolve_model(reference: str) -> ModelConfig:
     """
     if not isinstance(reference, str) or not reference.strip():
         raise InputError("no model given", hint="--model takes a name (70b), a hub id, a folder or a config.json")
-    return _resolve(reference.strip(), os.environ.get("HF_HOME", ""), os.environ.get("HF_HUB_CACHE", ""))
+    named = reference.strip()
+    return _resolve(named, os.environ.get("HF_HOME", ""), os.environ.get("HF_HUB_CACHE", ""), _stamp(named))
+
+
+def _stamp(reference: str) -> tuple[str | int, ...]:
+    """Where a file or folder lies and when it was written, so that a changed one is read anew; empty for a name."""
+    path = Path(os.path.expanduser(reference))
+    if not _exists(path):
+        return ()
+    folder = path if path.is_dir() else path.parent
+    files = (path, *(folder / name for name in _HUB_FILES))
+    return (str(path.absolute()), *(file.stat().st_mtime_ns if _exists(file) else 0 for file in files))
 
 
 @lru_cache(maxsize=512)
-def _resolve(reference: str, hf_home: str, hf_hub_cache: str) -> ModelConfig:
+def _resolve(reference: str, hf_home: str, hf_hub_cache: str, stamp: tuple[str | int, ...]) -> ModelConfig:
     looks_like_path = reference.startswith((".", "/", "~", "\\")) or reference.endswith(".json") or os.sep in reference
     path = Path(os.path.expanduser(reference))
     if looks_like_path and _exists(path):
