@@ -185,9 +185,11 @@ def test_a_fraction_that_leaves_less_than_sglangs_guide_wants_says_so(fraction: 
 
 def test_a_table_of_long_requests_is_named_where_it_leaves_too_little() -> None:
     asked: dict[str, Any] = {"model": "llama-4-scout", "gpu": "h200", "engine": "sglang", "tp_size": 8}
-    many = kvplan.size(**asked, context_tokens=2**20, max_num_seqs=4096)
+    many = kvplan.size(**asked, context_tokens=2**20, max_num_seqs=3072)
     said = next(advice.message for advice in many.advice if advice.code == "little_left")
-    assert "16.00 GiB are the table" in said
+    assert many.fits is True and "12.00 GiB are the table" in said
+    beyond = kvplan.size(**asked, context_tokens=2**20, max_num_seqs=100_000)  # 391 GiB
+    assert beyond.fits is False and beyond.advice[0].message.endswith("; a lower --max-num-seqs takes less")
     few = kvplan.size(**asked, context_tokens=2**20, max_num_seqs=64)
     assert not any(advice.code == "little_left" for advice in few.advice)
 

@@ -134,6 +134,8 @@ def budget(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[Advice]:
             usable = memory.usable_bytes or 1
             fraction = floor(setup.fraction * (usable - memory.excess_bytes) / usable * 100) / 100
             most = f"; at most {setup.engine.fraction_flag} {fraction:g} would do"
+        if setup.request.max_num_seqs is not None and (memory.activation_bytes or 0) >= memory.excess_bytes:
+            most += f"{' and' if most else ';'} a lower --max-num-seqs takes less"
         yield Advice(
             code="budget_beyond_gpu",
             message=f"weights, the KV bytes set aside and the engine's own memory exceed the GPU's memory by "

@@ -28,7 +28,7 @@ class Interval(NamedTuple):
 def point_intervals(served: Served, sequences: Floats, context_tokens: Floats) -> Interval:
     """The interval of each point of a deployment."""
     calibration, traits = serving_calibration(), served.traits
-    seen = calibration.groups.get(traits.group, 0) > 0 and not traits.is_beyond_node
+    seen = calibration.groups.get(traits.group, 0) > 0 and not (traits.is_beyond_node or traits.is_wide)
     measured = calibration.covers(traits)
     known = "seen" if seen else "unseen"
     low, high = calibration.residuals[f"{known}_{'moe' if served.model.is_moe else 'dense'}"]

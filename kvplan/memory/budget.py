@@ -109,7 +109,9 @@ def memory_budget(model: ModelConfig | None, weights: WeightBytes | None, inputs
     others += overhead.value_bytes or 0
     usable = _usable(inputs, total, overhead, others)
     static = inputs.engine.fraction_of == "static"
-    kv_is_set = inputs.kv_cache_memory_bytes is not None or (static and inputs.fraction_given)
+    beside = (total.value_bytes or 0) - (usable.value_bytes or 0) - (overhead.value_bytes or 0)
+    taken_whole = static and (inputs.fraction_given or inputs.table_bytes > max(beside, 0))
+    kv_is_set = inputs.kv_cache_memory_bytes is not None or taken_whole
     if inputs.kv_cache_memory_bytes is not None:
         kv = Term(inputs.kv_cache_memory_bytes, "given", "given; the budget is skipped", "--kv-cache-memory-bytes")
     elif usable.value_bytes is None or weight.value_bytes is None:

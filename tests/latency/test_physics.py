@@ -133,6 +133,7 @@ def test_a_rack_of_one_link_is_timed_as_measured_and_says_of_what() -> None:
     split = plan(model="deepseek-r1", gpu="gb200", engine="trtllm", ep=True, tp_size=8, dp_size=2, batch_size=512)
     assert (wide.source, split.source) == ("calibrated", "assumed")
     assert "only decode" in " ".join(wide.notes)
+    assert "whole (model, GPU, engine) groups left out" in wide.interval_note  # those that were fitted miss by more
     assert not any("network" in note for note in (*wide.notes, *split.notes))  # NVL72
 
 
