@@ -200,7 +200,7 @@ def _sweep(planner: Planner, fixed: dict[str, Any], lists: dict[str, list[Any]],
         )
     else:
         from kvplan.terminal.console import make_console
-        from kvplan.terminal.size_view import show_sweep
+        from kvplan.terminal.sweep_view import show_sweep
 
         show_sweep(make_console(), plans, varied, [(chosen, error.message) for chosen, error in failures])
     if check and (failures or not all(plan.verdict for plan in plans)):

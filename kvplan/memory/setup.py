@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from math import lcm
 
 from kvplan.dtypes import canonical_kv_dtype
 from kvplan.errors import InputError, UnsupportedError
-from kvplan.gpu import GpuSpec, custom_gpu, profile_of_device, resolve_gpu
+from kvplan.gpu import GpuSpec, profile_of_device
 from kvplan.memory.budget import Budget, BudgetInputs, memory_budget
 from kvplan.memory.cache_plan import CachePlan
 from kvplan.memory.engines import Engine, parse_version, resolve_engine
 from kvplan.memory.engines.expert_padding import expert_padding
 from kvplan.memory.engines.options import EngineOptions, MemoryFraction
 from kvplan.memory.engines.vllm_versions import CURRENT, VersionRules
+from kvplan.memory.named import gpu_of, model_of
 from kvplan.memory.request import SizeRequest
 from kvplan.memory.splits import Split, split_refusal
-from kvplan.model_config import resolve_model
-from kvplan.model_config.reader import read_model_config
-from kvplan.model_config.types import AttentionCache, ModelConfig
+from kvplan.model_config.types import ModelConfig
 from kvplan.units import ceil_div, format_gib
 from kvplan.weights import WeightBytes, weight_bytes
-
-EVERY_TP = lcm(*range(1, 129))
-"""A number of query heads that divides by whatever tensor parallelism there is, for models given by flags."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +127,7 @@ def set_up(request: SizeRequest) -> Setup:
         KvplanError: a name is unknown, a file cannot be read, or options contradict each other.
 
     """
-    model, has_model = _model_of(request)
+    model, has_model = model_of(request)
     engine = resolve_engine(request.engine)
     if request.ep and has_model and not model.is_moe and engine.name == "vllm":
         raise UnsupportedError(f"vLLM refuses --ep: {model.name} has no experts", hint="leave out --ep")
@@ -141,7 +135,7 @@ def set_up(request: SizeRequest) -> Setup:
         if getattr(request, name) is not None and engine.name != "sglang":
             raise InputError(f"{engine.name} has no {name}: it is SGLang's", hint="leave it out, or --engine sglang")
     version = parse_version(request.engine_version, engine.version)
-    gpu = _gpu_of(request)
+    gpu = gpu_of(request)
     rules = VersionRules(version if engine.name == "vllm" else CURRENT)
     deals_experts = request.ep and model.is_moe
     own, attention_dp = engine.default_batched_tokens, request.dp_size if deals_experts else 1
@@ -155,15 +149,7 @@ def set_up(request: SizeRequest) -> Setup:
             raise UnsupportedError(why, hint="raise the latter, or leave it out")
         batched = max(batched, request.max_num_seqs or 0)
     num_seqs = request.max_num_seqs or min(rules.default_num_seqs(gpu), batched)
-    context = request.context_tokens or request.max_model_len_tokens or model.max_context_tokens
-    if context is None:
-        raise InputError("no context given and the model names none", hint="add --ctx 32k")
-    max_len = request.max_model_len_tokens or context
-    if request.context_tokens is not None and request.context_tokens > max_len:
-        raise InputError(
-            f"--ctx {request.context_tokens:,} is longer than --max-model-len {max_len:,}",
-            hint="raise --max-model-len, or leave it out",
-        )
+    context, max_len = _lengths(request, model)
     options = EngineOptions(
         kv_cache_dtype=canonical_kv_dtype(request.kv_cache_dtype),
         gpu=gpu,
@@ -191,6 +177,25 @@ def set_up(request: SizeRequest) -> Setup:
     return _with_limit_for_batch(replace(setup, options=options))
 
 
+def _lengths(request: SizeRequest, model: ModelConfig) -> tuple[int, int]:
+    """Tokens of a request, and of the longest one that the server takes.
+
+    Raises:
+        InputError: neither is stated and the model claims none, or the former is longer than the latter.
+
+    """
+    context = request.context_tokens or request.max_model_len_tokens or model.max_context_tokens
+    if context is None:
+        raise InputError("no context given and the model names none", hint="add --ctx 32k")
+    max_len = request.max_model_len_tokens or context
+    if request.context_tokens is not None and request.context_tokens > max_len:
+        raise InputError(
+            f"--ctx {request.context_tokens:,} is longer than --max-model-len {max_len:,}",
+            hint="raise --max-model-len, or leave it out",
+        )
+    return context, max_len
+
+
 def _with_limit_for_batch(setup: Setup) -> Setup:
     """A batch beyond the engine's default limit that KV memory holds is planned with a limit of its own.
 
@@ -206,71 +211,6 @@ def _with_limit_for_batch(setup: Setup) -> Setup:
     in_flight = VersionRules(setup.options.version or CURRENT).tokens_in_flight(batched, setup.request.pp_size)
     options = replace(setup.options, max_num_seqs=batch, tokens_in_flight=in_flight)
     return replace(setup, options=options, batched_tokens=batched)
-
-
-def _model_of(request: SizeRequest) -> tuple[ModelConfig, bool]:
-    shape = {"--layers": request.num_layers, "--kv-heads": request.num_kv_heads, "--head-dim": request.head_dim}
-    given = [flag for flag, value in shape.items() if value is not None]
-    if request.model is not None:
-        others = {"--params": request.num_parameters, "--window": request.window_tokens}
-        given += [flag for flag, value in others.items() if value is not None]
-        if given:
-            raise InputError(f"--model and {given[0]} describe the model twice", hint="give one or the other")
-        return resolve_model(request.model), True
-    missing = [flag for flag, value in shape.items() if value is None]
-    if missing:
-        what = f"{', '.join(given)} given, {' and '.join(missing)} missing" if given else "no model given"
-        raise InputError(
-            what, hint="--model 70b, a hub id, a folder or a config.json; or --layers, --kv-heads and --head-dim"
-        )
-    return _model_from_flags(request.num_layers, request.num_kv_heads, request.head_dim, request.window_tokens), False
-
-
-@lru_cache(maxsize=64)
-def _model_from_flags(
-    layers: int | None, kv_heads: int | None, head_dim: int | None, window: int | None
-) -> ModelConfig:
-    """Plain attention of the stated shape. Query heads are taken as a multiple of everything, so no TP is refused."""
-    assert layers is not None and kv_heads is not None and head_dim is not None
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "num_hidden_layers": layers,
-        "num_attention_heads": kv_heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
-        "hidden_size": min(kv_heads * head_dim, 2**24),
-        "intermediate_size": 1,
-        "vocab_size": 1,
-    }
-    if window is not None:
-        config |= {
-            "model_type": "mistral",
-            "architectures": ["MistralForCausalLM"],
-            "sliding_window": min(window, 2**31),
-        }
-    model = read_model_config(config, where="flags", name="custom", source="--layers, --kv-heads and --head-dim")
-    layers_any_tp = []
-    for layer in model.layers:
-        caches = tuple(
-            replace(c, num_q_heads=EVERY_TP * kv_heads) for c in layer.caches if isinstance(c, AttentionCache)
-        )
-        layers_any_tp.append(replace(layer, caches=caches))
-    return replace(model, layers=tuple(layers_any_tp))
-
-
-def _gpu_of(request: SizeRequest) -> GpuSpec | None:
-    if request.gpu is None:
-        return custom_gpu(request.gpu_memory_bytes) if request.gpu_memory_bytes is not None else None
-    gpu = resolve_gpu(request.gpu, instead="; --gpu-memory 80GiB takes any other")
-    if request.gpu_memory_bytes is None:
-        return gpu
-    return replace(
-        gpu,
-        memory_bytes=request.gpu_memory_bytes,
-        smi_memory_bytes=None,
-        facts={**gpu.facts, "memory_bytes": {"source": "--gpu-memory"}},
-    )
 
 
 def cache_plan(setup: Setup) -> CachePlan:

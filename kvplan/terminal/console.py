@@ -86,3 +86,10 @@ def add_row(table: Table, *cells: str, style: str | None = None) -> None:
     from rich.text import Text
 
     table.add_row(*(Text(cell) for cell in cells), style=style)
+
+
+def print_line(console: Console, text: str, style: str | None = None) -> None:
+    """Print text as it is: nothing in it is markup."""
+    from rich.text import Text
+
+    console.print(Text(text, style=style or ""))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from kvplan.measure.analysis import CalibrationResult, CellRow, Comparison, MeasureReport
 from kvplan.measure.step_plan import StepReport
-from kvplan.terminal.console import add_row, make_table
+from kvplan.terminal.console import add_row, make_table, print_line
 from kvplan.units import format_bytes_per_s, format_count, format_percent, format_ratio, format_seconds, format_tokens
 
 if TYPE_CHECKING:
@@ -20,12 +20,12 @@ def show_measure(console: Console, report: MeasureReport) -> None:
     env = report.environment
     versions = f"torch {env['torch']}" + (f", triton {env['triton']}" if env["triton"] else "")
     driver = f" · driver {env['driver']}" if env["driver"] else ""
-    _line(console, f"{env['device_name']}{driver} · {versions} · kvplan {env['kvplan']}", "bold")
+    print_line(console, f"{env['device_name']}{driver} · {versions} · kvplan {env['kvplan']}", "bold")
     for note in report.notes:
-        _line(console, f"note: {note}", "yellow")
+        print_line(console, f"note: {note}", "yellow")
     largest = max(point.read_bytes for point in report.roofline) / 1e9
     sizes = f"best of {len(report.roofline)} sizes up to {largest:,.2g} GB, this run"
-    _line(console, f"read roofline {format_bytes_per_s(report.roofline_bytes_per_s)} ({sizes})", "bold")
+    print_line(console, f"read roofline {format_bytes_per_s(report.roofline_bytes_per_s)} ({sizes})", "bold")
     for shape in dict.fromkeys(row.shape for row in report.cells):
         _shape_lines(console, report, shape)
         _cells(console, [row for row in report.cells if row.shape == shape])
@@ -36,13 +36,7 @@ def show_measure(console: Console, report: MeasureReport) -> None:
     _skipped(console, report)
     _prediction(console, report)
     _calibration(console, report.calibration)
-    _line(console, f"{format_count(len(report.cells), 'sample')} in {report.run_dir} · {report.elapsed_s:.0f} s")
-
-
-def _line(console: Console, text: str, style: str | None = None) -> None:
-    from rich.text import Text
-
-    console.print(Text(text, style=style or ""))
+    print_line(console, f"{format_count(len(report.cells), 'sample')} in {report.run_dir} · {report.elapsed_s:.0f} s")
 
 
 def _shape_lines(console: Console, report: MeasureReport, shape: str) -> None:
@@ -143,9 +137,9 @@ def _steps(console: Console, steps: StepReport) -> None:
         per_1k = format_seconds(abs(1024 * line.slope_s_per_token))
         fit = f", R² {line.r_squared:.5f}" if line.num_points > 2 else ""  # two points are always on a line
         law = f"{_signed(line.intercept_s)} {sign} {per_1k} per 1k tokens of context{fit}"
-        _line(console, f"{line.kv_dtype}: {law}{ratio}")
+        print_line(console, f"{line.kv_dtype}: {law}{ratio}")
     if steps.source is not None:
-        _line(console, f"predicted: {steps.source}")
+        print_line(console, f"predicted: {steps.source}")
 
 
 def _skipped(console: Console, report: MeasureReport) -> None:
@@ -153,23 +147,23 @@ def _skipped(console: Console, report: MeasureReport) -> None:
         return
     console.print()
     for item in report.skipped[:MAX_SKIPPED]:
-        _line(console, f"skipped {item.cell}: {item.reason}", "yellow")
+        print_line(console, f"skipped {item.cell}: {item.reason}", "yellow")
     if len(report.skipped) > MAX_SKIPPED:
-        _line(console, f"… and {len(report.skipped) - MAX_SKIPPED} more, in report.json", "yellow")
+        print_line(console, f"… and {len(report.skipped) - MAX_SKIPPED} more, in report.json", "yellow")
     for line in report.corrupt_lines:
-        _line(console, f"samples.jsonl line {line['line_number']} set aside: {line['reason']}", "yellow")
+        print_line(console, f"samples.jsonl line {line['line_number']} set aside: {line['reason']}", "yellow")
 
 
 def _prediction(console: Console, report: MeasureReport) -> None:
     console.print()
     if report.prediction is None:
-        _line(console, "predicted: nothing; kvplan has no calibration of this device and no datasheet for it")
+        print_line(console, "predicted: nothing; kvplan has no calibration of this device and no datasheet for it")
         return
     verdict = "within" if report.within_tolerance else "OUTSIDE"
     style = "bold green" if report.within_tolerance else "bold red"
-    _line(console, f"predicted vs measured: {_errors(report.prediction)}; {verdict} the tolerance of "
+    print_line(console, f"predicted vs measured: {_errors(report.prediction)}; {verdict} the tolerance of "
                    f"{format_percent(report.tolerance)}", style)  # fmt: skip
-    _line(console, f"predictions are {report.prediction.kind}: {report.prediction.source}")
+    print_line(console, f"predictions are {report.prediction.kind}: {report.prediction.source}")
 
 
 def _errors(comparison: Comparison) -> str:
@@ -181,8 +175,8 @@ def _calibration(console: Console, result: CalibrationResult | None) -> None:
     if result is None:
         return
     if result.path is None:
-        _line(console, f"not calibrated: {result.problem}", "yellow")
+        print_line(console, f"not calibrated: {result.problem}", "yellow")
         return
-    _line(console, f"calibrated {result.gpu}: written to {result.path}")
+    print_line(console, f"calibrated {result.gpu}: written to {result.path}")
     if result.after is not None:
-        _line(console, f"  fit of these samples: {_errors(result.after)}")
+        print_line(console, f"  fit of these samples: {_errors(result.after)}")

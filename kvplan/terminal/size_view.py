@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from kvplan.memory.budget import OUTSIDE
 from kvplan.memory.plan import FormatRow, SizePlan
-from kvplan.terminal.console import add_row, make_table
+from kvplan.terminal.console import add_row, make_table, print_line
 from kvplan.units import format_bytes, format_count, format_gib, format_percent, format_ratio, format_tokens
 
 if TYPE_CHECKING:
@@ -24,10 +24,6 @@ TERMS = (
 )
 MIN_LEDGER_SHARE = 0.0005
 SHORT_ALIAS_CHARS = 12
-SHORT_NAMES = {
-    "tp_size": "tp", "pp_size": "pp", "dp_size": "dp", "dcp_size": "dcp", "kv_cache_dtype": "KV", "batch_size": "batch",
-    "context_tokens": "ctx",
-}  # fmt: skip
 
 
 def show_size(console: Console, plan: SizePlan, *, explain: bool = False) -> None:
@@ -50,12 +46,6 @@ def show_size(console: Console, plan: SizePlan, *, explain: bool = False) -> Non
         _explain(console, plan)
 
 
-def _line(console: Console, text: str, style: str | None = None) -> None:
-    from rich.text import Text
-
-    console.print(Text(text, style=style or ""))
-
-
 def describe_gpus(plan: SizePlan) -> str:
     """``4 × NVIDIA H100 SXM (TP 4)``, or what is missing."""
     request, count = plan.request, plan.answers.num_gpus
@@ -71,14 +61,14 @@ def _headline(console: Console, plan: SizePlan) -> None:
         size = f"{model.num_parameters / 1e9:,.1f} B parameters"
         asked = plan.request.model or ""
         alias = f" ({asked})" if asked.lower() != model.name and len(asked) <= SHORT_ALIAS_CHARS else ""
-        _line(console, f"{model.name}{alias} · {size} · {model.weight_format} weights · {kinds} layers", "bold")
+        print_line(console, f"{model.name}{alias} · {size} · {model.weight_format} weights · {kinds} layers", "bold")
     else:
-        _line(console, "custom model from flags", "bold")
+        print_line(console, "custom model from flags", "bold")
     rules = "exact rules" if cache.rules == "exact" else "approximation"
-    _line(console, f"{describe_gpus(plan)} · {cache.engine} {cache.engine_version}, {rules}")
-    _line(console, f"KV {cache.kv_cache_dtype}, blocks of {format_count(cache.block_size_tokens, 'token')}")
+    print_line(console, f"{describe_gpus(plan)} · {cache.engine} {cache.engine_version}, {rules}")
+    print_line(console, f"KV {cache.kv_cache_dtype}, blocks of {format_count(cache.block_size_tokens, 'token')}")
     for note in model.notes if model is not None else ():
-        _line(console, f"note: {note}", "yellow")
+        print_line(console, f"note: {note}", "yellow")
 
 
 def _verdict(console: Console, plan: SizePlan) -> None:
@@ -95,35 +85,37 @@ def _verdict(console: Console, plan: SizePlan) -> None:
             ratio = answers.kv_needed_bytes / whole
             said = f"{ratio:,.1f}×" if ratio >= 1 else f"{format_percent(ratio)} of"
             line += f", {said} the weights ({format_bytes(whole)})"
-        _line(console, line, "bold")
+        print_line(console, line, "bold")
         return
     if plan.memory.excess_bytes:
         excess = format_gib(plan.memory.excess_bytes)
-        _line(console, f"DOES NOT FIT: the KV bytes set aside are {excess} more than each GPU has left", "bold red")
+        print_line(
+            console, f"DOES NOT FIT: the KV bytes set aside are {excess} more than each GPU has left", "bold red"
+        )
     elif plan.fits:
         free = (plan.memory.kv_cache_bytes or 0) - answers.kv_needed_bytes_per_gpu
-        _line(console, f"FITS: {what}, with {format_gib(free)} of KV to spare on each GPU", "bold green")
+        print_line(console, f"FITS: {what}, with {format_gib(free)} of KV to spare on each GPU", "bold green")
     elif (plan.memory.kv_cache_bytes or 0) <= 0:
-        _line(console, "DOES NOT FIT: no memory is left for KV", "bold red")
+        print_line(console, "DOES NOT FIT: no memory is left for KV", "bold red")
     elif answers.num_waiting and not answers.kv_short_bytes_per_gpu:
         runs, waits = answers.max_running, answers.num_waiting
         told = f"--max-num-seqs {request.max_num_seqs} runs {runs:,} at once, {waits:,} wait"
-        _line(console, f"DOES NOT FIT: {what}: {told}", "bold red")
+        print_line(console, f"DOES NOT FIT: {what}: {told}", "bold red")
     elif plan.too_long_tokens is not None:
         longest = format_tokens(plan.too_long_tokens)
-        _line(console, f"DOES NOT FIT: {what} would, the longest request of {longest} tokens does not", "bold red")
+        print_line(console, f"DOES NOT FIT: {what} would, the longest request of {longest} tokens does not", "bold red")
     else:
         verb = "lack" if many else "lacks"
         short = format_gib(answers.kv_short_bytes_per_gpu)
-        _line(console, f"DOES NOT FIT: {what} {verb} {short} of KV on each GPU", "bold red")
+        print_line(console, f"DOES NOT FIT: {what} {verb} {short} of KV on each GPU", "bold red")
 
 
 def _cache(console: Console, plan: SizePlan) -> None:
     cache, answers = plan.kv_cache, plan.answers
     table = make_table("KV cache of one GPU", "", "", right=(1,), wrap=(2,))
-    add_row(table, "per token of context", _per_token(cache.bytes_per_token), _groups(plan))
+    add_row(table, "per token of context", per_token(cache.bytes_per_token), _groups(plan))
     share = next((row.scale_share for row in plan.comparison if row.kv_cache_dtype == cache.kv_cache_dtype), None)
-    add_row(table, "of which scales", _per_token(cache.scale_bytes_per_token), f"{format_percent(share)} of a request")
+    add_row(table, "of which scales", per_token(cache.scale_bytes_per_token), f"{format_percent(share)} of a request")
     blocks = f"{cache.blocks_per_request:,} blocks of {format_bytes(cache.bytes_per_block)}"
     add_row(table, "per request", format_bytes(cache.bytes_per_request), blocks)
     if cache.num_blocks is not None:
@@ -153,7 +145,8 @@ def _cache(console: Console, plan: SizePlan) -> None:
     console.print()
 
 
-def _per_token(value: float) -> str:
+def per_token(value: float) -> str:
+    """Bytes that a token takes, and a part of one where it takes less than whole bytes."""
     return f"{value:,} B" if value == int(value) else f"{value:,.1f} B"
 
 
@@ -200,14 +193,13 @@ def _comparison(console: Console, plan: SizePlan) -> None:
         _format_cells(table, plan, row, sized, blocks_differ)
     console.print(table)
     for row in forbidden:
-        _line(console, f"  {row.kv_cache_dtype}: no: {row.forbidden}", "dim")
+        print_line(console, f"  {row.kv_cache_dtype}: no: {row.forbidden}", "dim")
     console.print()
 
 
 def _format_cells(table: Table, plan: SizePlan, row: FormatRow, sized: bool, blocks_differ: bool) -> None:
     assert row.bytes_per_token is not None and row.block_size_tokens is not None
-    per_token = _per_token(row.bytes_per_token).removesuffix(" B")
-    cells = [row.kv_cache_dtype, per_token, format_percent(row.scale_share)]
+    cells = [row.kv_cache_dtype, per_token(row.bytes_per_token).removesuffix(" B"), format_percent(row.scale_share)]
     cells += [f"{row.block_size_tokens:,}"] if blocks_differ else []
     if sized:
         cells += [format_tokens(row.capacity_tokens), f"{row.max_batch_at_context:,}"]
@@ -242,12 +234,12 @@ def _gpus(console: Console, plan: SizePlan) -> None:
     for row in misfits:
         reasons.setdefault(row.reason or "no", []).append(row.gpu)
     for reason, names in reasons.items():
-        _line(console, f"  {reason}: {', '.join(names)}", "dim")
+        print_line(console, f"  {reason}: {', '.join(names)}", "dim")
     console.print()
 
 
 def _advice(console: Console, plan: SizePlan) -> None:
-    _line(console, "advice", "dim")
+    print_line(console, "advice", "dim")
     for item in plan.advice:
         from rich.padding import Padding
         from rich.text import Text
@@ -257,58 +249,7 @@ def _advice(console: Console, plan: SizePlan) -> None:
 
 def _explain(console: Console, plan: SizePlan) -> None:
     console.print()
-    _line(console, "how these numbers come about", "dim")
+    print_line(console, "how these numbers come about", "dim")
     for rule in plan.rules:
-        _line(console, f"  {rule.name}: {rule.formula}")
-        _line(console, f"      {rule.source}", "dim")
-
-
-def show_sweep(
-    console: Console, plans: list[SizePlan], varied: list[str], failures: list[tuple[dict[str, object], str]]
-) -> None:
-    """One row a plan: what varied, and the answers."""
-    if plans and plans[0].model is not None:
-        _line(console, f"{plans[0].model.name} · {plans[0].kv_cache.engine} {plans[0].kv_cache.engine_version}", "bold")
-        console.print()
-    columns = [SHORT_NAMES.get(name, name) for name in varied]
-    budgeted = any(plan.memory.kv_cache_bytes is not None for plan in plans)
-    columns += ["KV GiB", "capacity", "max batch", "max ctx", "fits"] if budgeted else ["B/token", "request", "KV"]
-    table = make_table(*columns, right=tuple(range(len(columns))))
-    for plan in plans:
-        values = [getattr(plan.request, name) for name in varied]
-        cells = [f"{value:,}" if isinstance(value, int) else str(value) for value in values]
-        add_row(table, *cells, *(_held(plan) if budgeted else _needed(plan)))
-    console.print(table)
-    if plans and not budgeted:
-        _line(console, "  B/token and request: on one GPU; KV: of all requests, on all GPUs", "dim")
-    alike: dict[str, list[dict[str, object]]] = {}
-    for chosen, message in failures:
-        alike.setdefault(message, []).append(chosen)
-    for message, combinations in alike.items():
-        common = ((name, value) for name, value in combinations[0].items()
-                  if all(each[name] == value for each in combinations))  # fmt: skip
-        shown = ", ".join(f"{SHORT_NAMES.get(name, name)} {value}" for name, value in common)
-        count = f" ({len(combinations):,} combinations)" if len(combinations) > 1 else ""
-        _line(console, f"  {shown or 'all'}{count}: no: {message}", "dim")
-
-
-def _held(plan: SizePlan) -> list[str]:
-    """What the memory of one GPU holds."""
-    answers, kv = plan.answers, plan.memory.kv_cache_bytes
-    return [
-        "–" if kv is None else f"{kv / 2**30:,.2f}" if kv > 0 else "none",
-        "–" if plan.kv_cache.capacity_tokens is None else f"{plan.kv_cache.capacity_tokens:,}",
-        "–" if answers.max_batch_at_context is None else f"{answers.max_batch_at_context:,}",
-        "–" if answers.max_context_at_batch_tokens is None else f"{answers.max_context_at_batch_tokens:,}",
-        {True: "yes", False: "no", None: "?"}[plan.verdict],
-    ]
-
-
-def _needed(plan: SizePlan) -> list[str]:
-    """What is needed whatever the GPU: bytes of a token and of a request, and of all requests."""
-    cache = plan.kv_cache
-    return [
-        _per_token(cache.bytes_per_token).removesuffix(" B"),
-        format_bytes(cache.bytes_per_request),
-        format_bytes(plan.answers.kv_needed_bytes),
-    ]
+        print_line(console, f"  {rule.name}: {rule.formula}")
+        print_line(console, f"      {rule.source}", "dim")

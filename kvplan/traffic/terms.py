@@ -112,12 +112,6 @@ class Traffic:
     prefill_attention_flops: float
 
     @property
-    def resident_weight_bytes(self) -> int:
-        """Weight bytes one GPU keeps, all stages together; the embedding is counted as large as the head."""
-        head = self.weights["head"].resident_bytes
-        return sum(part.resident_bytes for part in self.weights.values()) + head
-
-    @property
     def dense_weight_bytes(self) -> int:
         """Weight bytes a step always reads."""
         return sum(part.resident_bytes for name, part in self.weights.items() if name != "expert")
