@@ -194,6 +194,16 @@ def test_a_table_of_long_requests_is_named_where_it_leaves_too_little() -> None:
     assert not any(advice.code == "little_left" for advice in few.advice)
 
 
+def test_a_limit_whose_logits_take_more_than_is_left_says_so() -> None:
+    """20,000 requests × 128,256 logits × 8 B are 19.1 GiB, and 0.83 of an H100 leaves 12.7 beside graphs and table."""
+    asked: dict[str, Any] = {"model": "8b", "gpu": "h100", "engine": "sglang", "context_tokens": 16}
+    many = kvplan.size(**asked, max_num_seqs=20_000)
+    said = [advice.message for advice in many.advice if advice.code == "little_left"]
+    assert said and "they may take 19.11 GiB" in said[0] and "so would a lower --max-num-seqs" in said[0]
+    few = kvplan.size(**asked, max_num_seqs=4096)
+    assert not any(advice.code == "little_left" for advice in few.advice)
+
+
 def test_small_gpus_changed_their_defaults_in_0_5_20() -> None:
     assert server(model="8b", gpu="rtx-4090").batched_tokens == 4096
     assert server(model="8b", gpu="rtx-4090", engine_version="0.5.18").batched_tokens == 2048

@@ -155,19 +155,27 @@ def budget(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[Advice]:
 
 
 def _free_after_start(setup: Setup, answer: SizePlan) -> Iterator[Advice]:
-    """SGLang takes its fraction whole, whatever activations need later: less than its guide wants free is said."""
+    """SGLang takes its fraction whole, whatever activations need later: too little beside it is said.
+
+    That is less than its guide wants free, or than the logits of as many requests as it was told to run take.
+    """
     memory, table = answer.memory, setup.engine.table_bytes(setup.options)
     started = [memory.weights_bytes, memory.kv_cache_bytes, memory.graph_bytes, memory.overhead_bytes, table]
     free = (memory.total_bytes or 0) - sum(size or 0 for size in started)
-    if memory.total_bytes is None or free >= FREE_AFTER_START_BYTES:
+    peak = (memory.activation_bytes or 0) - table
+    wanted = max(FREE_AFTER_START_BYTES, peak)
+    if memory.total_bytes is None or free >= wanted:
         return
     usable, given = memory.usable_bytes or 1, setup.request.kv_cache_memory_bytes is None
-    fraction = floor(setup.fraction * (usable - FREE_AFTER_START_BYTES + free) / usable * 100) / 100
+    fraction = floor(setup.fraction * (usable - wanted + free) / usable * 100) / 100
     lower = f"; {setup.engine.fraction_flag} {fraction:g} would leave that" if given and fraction > 0 else ""
     if table >= FREE_AFTER_START_BYTES / 4:
         lower += f"; {format_gib(table)} are the table of requests and their tokens: a lower --max-num-seqs takes less"
+    elif peak > FREE_AFTER_START_BYTES and setup.request.max_num_seqs is not None:
+        lower += "; so would a lower --max-num-seqs" if lower else "; a lower --max-num-seqs takes less"
+    why = "SGLang's guide wants 5 to 8 GB" if wanted > peak else f"they may take {format_gib(peak)}"
     yield Advice(
         code="little_left",
         message=f"{f'{format_gib(free)} are' if free > 0 else 'nothing is'} left for activations when the server has "
-        f"started, and SGLang's guide wants 5 to 8 GB: it may run out of memory under load{lower}",
+        f"started, and {why}: it may run out of memory under load{lower}",
     )
