@@ -89,6 +89,9 @@ def test_fp8_of_sparse_latents_is_stored_in_rows_of_656_bytes_below_blackwell() 
     assert per_token("h200") == per_token("h200", "fp8_ds_mla") == 61 * (512 + 16 + 128 + 132)
     assert per_token("b200") == per_token("mi300x") == 61 * (576 + 132)
     assert per_token("h200", "bfloat16") == 61 * (1152 + 132)
+    # before 0.5.10 on Blackwell too: 43.67 GB of it are 975,424 tokens (sgl-project/sglang#11309, 8 B200, DP attention)
+    older = plan(model="deepseek-v3.2", gpu="b200", tp_size=8, kv_cache_dtype="fp8", engine_version="0.5.5").kv_cache
+    assert older.bytes_per_token == 61 * (656 + 132) == pytest.approx(43.67 * GIB / 975_424, rel=0.005 / 43.67)
     assert per_token("h200", model="deepseek-v3") == 61 * 576
     report = kvplan.report(model="deepseek-v3.2", gpu="h200", tp_size=8, kv_cache_dtype="fp8_ds_mla", engine="sglang",
                            context_tokens=8192)  # fmt: skip

@@ -147,7 +147,9 @@ def _pages(cache: object, rules: Rules, model: ModelConfig, fmt: KvFormat, block
             page = replace(page, kind="full", window_tokens=None)
         return (page,)
     if isinstance(cache, LatentCache):
-        return (_latent(cache if rules.sparse_rows else replace(cache, top_k_tokens=None), fmt, block, options),)
+        if rules.sparse_rows and fmt.name in ("fp8", "fp8_e4m3"):
+            fmt = KV_FORMATS["fp8_ds_mla"]
+        return (_latent(replace(cache, top_k_tokens=None), fmt, block, options),)
     if isinstance(cache, IndexerCache):
         page, copies = indexer_page(cache, block, options.tp_size), options.dcp_size if rules.replicates_index else 1
         return (replace(page, payload_bytes=page.payload_bytes * copies, scale_bytes=page.scale_bytes * copies),)

@@ -58,7 +58,7 @@ def plan_cache(model: ModelConfig, options: EngineOptions) -> CachePlan:
         default_block_tokens=page_tokens(model, options),
         windows=any(name == model.architecture and version >= since for name, since in SLIDING_POOLS),
         states_per_request=_states(model, options, version),
-        sparse_rows=_sparse_rows(model, options),
+        sparse_rows=_sparse_rows(model, options, version),
         replicates_index=True,
         formats=SPARSE_FORMATS if {"mla", "indexer"} <= model.cache_kinds else FORMATS,
     )
@@ -78,13 +78,16 @@ def _kv_dtype(model: ModelConfig, options: EngineOptions) -> str:
     return "fp8" if options.kv_cache_dtype == AUTO and (asked or sparse) else options.kv_cache_dtype
 
 
-def _sparse_rows(model: ModelConfig, options: EngineOptions) -> bool:
+def _sparse_rows(model: ModelConfig, options: EngineOptions, version: tuple[int, ...]) -> bool:
     """Whether FP8 latents carry scales and 16-bit RoPE values (``calculate_mla_kv_cache_dim``).
 
-    Those of FlashMLA's kernels for sparse attention do; on AMD and on Blackwell, with TensorRT-LLM's, they are plain.
+    Those of FlashMLA's kernels for sparse attention do; on AMD and on Blackwell, with TensorRT-LLM's, they are plain
+    since 0.5.10 (0.5.9 has FlashMLA's everywhere).
     """
+    if not {"mla", "indexer"} <= model.cache_kinds:
+        return False
     amd = options.gpu is not None and options.gpu.vendor == "amd"
-    return {"mla", "indexer"} <= model.cache_kinds and not amd and (options.sm or 0) < 100
+    return version < (0, 5, 10) or (not amd and (options.sm or 0) < 100)
 
 
 def page_tokens(model: ModelConfig, options: EngineOptions) -> int:
