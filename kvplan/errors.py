@@ -31,6 +31,11 @@ def shorten(value: object, limit: int = MAX_NAME_CHARS) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
+def reason(error: OSError) -> str:
+    """What the system says went wrong with a file."""
+    return error.strerror or type(error).__name__
+
+
 class KvplanError(Exception):
     """Base of everything kvplan raises on purpose."""
 

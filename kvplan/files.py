@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from kvplan.errors import InputError
+from kvplan.errors import InputError, reason
 
 
 def write_text(path: Path, text: str, force: bool) -> None:
@@ -35,13 +35,11 @@ def write_text(path: Path, text: str, force: bool) -> None:
             os.unlink(temporary)
             raise
     except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written ({error.strerror or type(error).__name__})", code="cannot_write"
-        ) from error
+        raise InputError(f"{path}: cannot be written ({reason(error)})", code="cannot_write") from error
 
 
 def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"{folder}: cannot be made ({error.strerror or type(error).__name__})") from error
+        raise InputError(f"{folder}: cannot be made ({reason(error)})") from error

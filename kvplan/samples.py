@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from kvplan.errors import InputError, shorten
+from kvplan.errors import InputError, reason, shorten
 
 MAX_LINE_BYTES = 1_000_000
 
@@ -145,7 +145,7 @@ def append_record(path: Path, record: Mapping[str, Any]) -> None:
             os.close(handle)
     except OSError as error:
         raise InputError(
-            f"{path}: cannot be written ({error.strerror or type(error).__name__})",
+            f"{path}: cannot be written ({reason(error)})",
             hint="what was recorded so far is kept; make room, then go on with --resume",
             code="cannot_write",
         ) from error
@@ -177,7 +177,7 @@ def read_samples(path: Path) -> SampleFile:
     except FileNotFoundError:
         pass
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or type(error).__name__})") from error
+        raise InputError(f"{path}: cannot be read ({reason(error)})") from error
     return found
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvplan.errors import InputError, shorten
+from kvplan.errors import InputError, reason, shorten
 
 MAX_FILE_BYTES = 2**20
 MAX_DEPLOYMENTS = 1000
@@ -106,7 +106,7 @@ def _parsed(path: Path) -> Mapping[str, Any]:
             raise InputError(f"{path}: larger than {MAX_FILE_BYTES >> 20} MiB, not a scenario")
         text = raw.decode()
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or type(error).__name__})") from error
+        raise InputError(f"{path}: cannot be read ({reason(error)})") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text", hint="a scenario is a YAML or TOML file") from error
     suffix = path.suffix.lower()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kvplan import profiles
-from kvplan.errors import ProfileError
+from kvplan.errors import ProfileError, reason
 
 SHIPPED = "shipped"
 MEASURED_HERE = "measured here"
@@ -59,7 +59,7 @@ def read(path: Path) -> Mapping[str, Any]:
             raise ProfileError(f"{path}: larger than {MAX_FILE_BYTES >> 20} MiB, not a calibration")
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ProfileError(f"{path}: cannot be read ({error.strerror or type(error).__name__})") from error
+        raise ProfileError(f"{path}: cannot be read ({reason(error)})") from error
     except (ValueError, RecursionError) as error:
         raise ProfileError(f"{path}: not JSON", hint="remove it, or write it anew with `kvplan calibrate`") from error
     if not isinstance(data, dict):

@@ -30,7 +30,7 @@ def main() -> None:
 
 
 def _run() -> None:
-    from kvplan.errors import KvplanError
+    from kvplan.errors import KvplanError, reason
 
     _usable_surroundings()
     try:
@@ -54,7 +54,7 @@ def _run() -> None:
     except OSError as error:  # files say so themselves; what is left and names no file is the disk under stdout
         _drop_stdout()
         what = "output cannot be written" if error.filename is None else str(error.filename)
-        report_error(KvplanError(f"{what}: {error.strerror or type(error).__name__}"))
+        report_error(KvplanError(f"{what}: {reason(error)}"))
         sys.exit(KvplanError.exit_code)
     except MemoryError:
         report_error(KvplanError("out of memory", hint="a smaller input, or one that ends"))

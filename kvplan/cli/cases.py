@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from kvplan.errors import InputError, KvplanError, shorten
+from kvplan.errors import InputError, KvplanError, reason, shorten
 
 MAX_LINE_CHARS = 1_000_000
 
@@ -86,7 +86,7 @@ def _lines(path: Path) -> Iterator[str]:
         with path.open(encoding="utf-8", errors="replace") as file:
             yield from file
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or type(error).__name__})") from error
+        raise InputError(f"{path}: cannot be read ({reason(error)})") from error
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from kvplan.document.parts import Answers, Figure, Fingerprint, Precision
 from kvplan.document.plans import Plans
 from kvplan.document.question import Question
 from kvplan.document.words import seconds, users
-from kvplan.errors import InputError
+from kvplan.errors import InputError, reason
 from kvplan.gpu import GpuSpec
 from kvplan.latency.kv import found_calibrations, is_latent
 from kvplan.latency.lines import ItlLine, traffic_of
@@ -166,4 +166,4 @@ def _sha256(path: Path) -> str:
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or type(error).__name__})") from error
+        raise InputError(f"{path}: cannot be read ({reason(error)})") from error

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kvplan.errors import InputError, shorten
+from kvplan.errors import InputError, reason, shorten
 from kvplan.files import write_text
 from kvplan.measure.backend import Environment
 from kvplan.measure.plan import MeasureRequest, request_from_dict
@@ -153,9 +153,7 @@ def _read(path: Path, folder: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(
-            f"{folder} holds no run to go on with ({path.name}: {error.strerror or type(error).__name__})"
-        ) from error
+        raise InputError(f"{folder} holds no run to go on with ({path.name}: {reason(error)})") from error
     except ValueError as error:
         raise InputError(f"{path}: not JSON", hint="start a new run without --resume") from error
     if not isinstance(data, dict):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kvplan import profiles
-from kvplan.errors import ConfigError, InputError, UnknownNameError, shorten
+from kvplan.errors import ConfigError, InputError, UnknownNameError, reason, shorten
 from kvplan.model_config.reader import read_model_config
 from kvplan.model_config.safetensors import read_exact_weights
 from kvplan.model_config.types import ModelConfig
@@ -130,7 +130,7 @@ def read_json_object(path: Path) -> Mapping[str, Any]:
         where = f" (line {error.lineno}: {error.msg})" if isinstance(error, json.JSONDecodeError) else ""
         raise ConfigError(f"{path}: {what}{where}", hint="is the download complete?") from error
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror or type(error).__name__})") from error
+        raise ConfigError(f"{path}: cannot be read ({reason(error)})") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: must hold a JSON object, not {type(data).__name__}")
     return data
