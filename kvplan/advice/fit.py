@@ -141,9 +141,10 @@ def budget(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[Advice]:
             message=f"weights, the KV bytes set aside and the engine's own memory exceed the GPU's memory by "
             f"{format_gib(memory.excess_bytes)}: the engine would run out of memory{most}",
         )
-    elif setup.engine.fraction_of == "static" and memory.kv_cache_bytes is not None:
+        return
+    if setup.engine.fraction_of == "static" and memory.kv_cache_bytes is not None:
         yield from _free_after_start(setup, answer)
-    elif (
+    if (
         setup.request.kv_cache_memory_bytes is None
         and memory.kv_cache_bytes is not None
         and memory.activation_bytes is None

@@ -1,6 +1,6 @@
 """Splits of weights over ranks that an engine refuses when it starts, whatever the memory.
 
-Sources: vLLM (wheels of 0.26 to 0.33) ``model_executor/layers/`` ``linear.py`` and ``fused_moe/config.py`` (shares are
+Sources: vLLM (wheels of 0.28 to 0.33) ``model_executor/layers/`` ``linear.py`` and ``fused_moe/config.py`` (shares are
 whole), ``quantization/utils/fp8_utils.py`` ``validate_fp8_block_shape``, ``quantization/auto_awq.py``,
 ``utils/marlin_utils.py`` and ``compressed_tensors`` (groups are whole). Of experts ``quantization/fp8.py`` wants whole
 blocks up to 0.28; since 0.29 ``fused_moe/oracle/fp8.py`` ``refine_fp8_moe_block_shape``, and ``moe_wna16.py`` all
