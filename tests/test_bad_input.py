@@ -593,6 +593,19 @@ def test_what_an_option_lacks_points_to_the_help_of_its_command(kvplan_cli: Cli)
     assert "see `kvplan size --help`" in assert_one_line(kvplan_cli("size", "--model"))
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("size --model 8b --block-size 1k", "'1k' is not a whole number (see "),
+        ("check --log x --tp two", "'two' is not a whole number (see "),
+        ("size --model 8b --gpu-memory-utilization most", "'most' is not a number (see "),
+        ("check --log x --seconds soon", "'soon' is not a number (see "),
+    ],
+)
+def test_what_is_no_number_is_called_that(kvplan_cli: Cli, words: str, said: str) -> None:
+    assert said in assert_one_line(kvplan_cli(*words.split()))
+
+
 @pytest.mark.parametrize("option", ["--block-size", "--ctx", "--gpu-memory-utilization", "--from-log", "--cases"])
 @pytest.mark.parametrize("value", ["9" * 5000, "a" * 5000, "\x1b[31mred", "two\nlines", "\u202eright to left"])
 def test_what_was_typed_comes_back_short_and_printable(kvplan_cli: Cli, option: str, value: str) -> None:

@@ -101,8 +101,9 @@ def _usage_error(error: Exception) -> int:
     command = " ".join(["kvplan", *(word for word in sys.argv[1:2] if word.isalpha())])
     path = context.command_path if context is not None else command
     message = " ".join(str(error.format_message()).split()).rstrip(".")
-    for jargon, words in (("valid int", "whole number"), ("valid float", "number")):
-        message = message.removesuffix(" range").replace(f"is not a {jargon}", f"is not a {words}")
+    for jargon, plain in (("valid int", "whole number"), ("valid float", "number")):
+        message = message.replace(f"is not a {jargon} range", f"is not a {jargon}")
+        message = message.replace(f"is not a {jargon}", f"is not a {plain}")
     from kvplan.errors import InputError
 
     takes_model = context is not None and any("--model" in parameter.opts for parameter in context.command.params)

@@ -274,6 +274,25 @@ def test_every_shipped_calibration_is_valid_and_says_where_it_comes_from():
         assert all(list(entry["parameters"]) == list(NAMES) for entry in document["kv_dtypes"].values())
 
 
+@pytest.mark.parametrize(
+    ("options", "twice"),
+    [
+        ("-o s.csv", "s.csv"),
+        ("-o fit.json --evaluate cases.csv --predictions cases.csv", "cases.csv"),
+        ("-o fit.json --evaluate s.csv --predictions fit.json", "fit.json"),
+    ],
+)
+def test_what_is_written_is_not_what_is_read(tmp_path, monkeypatch, kvplan_cli, options: str, twice: str):
+    monkeypatch.chdir(tmp_path)
+    for name in ("s.csv", "cases.csv"):
+        write(tmp_path / name, [row(b, c) for b, c in GRID])
+    before = (tmp_path / "s.csv").read_bytes()
+    ran = kvplan_cli("calibrate", "s.csv", "--gpu", "h200", "--force", *options.split())
+    assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1)
+    assert f"{twice} is named twice" in ran.err
+    assert (tmp_path / "s.csv").read_bytes() == before and not (tmp_path / "fit.json").exists()
+
+
 def test_a_calibration_measured_here_comes_first(samples, tmp_path, monkeypatch, kvplan_cli):
     home = tmp_path / "config"
     (home / "kvplan" / "calibrations").mkdir(parents=True)
