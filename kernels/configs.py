@@ -33,7 +33,7 @@ def _capped(*shapes: tuple[int, int, int], registers: int | None = 168) -> tuple
 _DECODE = {
     (4, 64, False): _capped((128, 1, 3), (64, 1, 3), registers=None),
     (4, 128, False): _capped((64, 1, 3), registers=None) + _capped((32, 1, 3), (32, 1, 4)),
-    (4, 256, False): _capped((64, 2, 3), registers=None),
+    (4, 256, False): _capped((64, 2, 3), registers=248),
     (4, 64, True): _capped((32, 2, 3), registers=200),
     (4, 128, True): _capped((32, 1, 3), (64, 2, 3), registers=None),
     (4, 256, True): _capped((32, 2, 3), registers=None),
@@ -93,8 +93,14 @@ def run_configs(head_dim: int, inline: bool, group_size: int, block_size_tokens:
     return found
 
 
-_UNCAPPED_FROM_SM100 = {(8, 80, False), (16, 64, False)}
-"""Shapes whose programs of two warps spill there with 168 registers a thread."""
+_REGISTERS_FROM_SM100 = {(8, 80, 64, 2): None, (16, 64, 64, 2): None, (8, 192, 64, 4): 192}
+"""By bits, head_dim, tile and warps: what spills there with 168 registers a thread, the compiler's own choice for the
+last."""
+
+
+def _from_sm100(element_bits: int, head_dim: int, config: Config) -> Config:
+    key = (element_bits, head_dim, config.block_n, config.num_warps)
+    return replace(config, max_registers=_REGISTERS_FROM_SM100.get(key, config.max_registers))
 
 
 def decode_configs(
@@ -108,8 +114,8 @@ def decode_configs(
         return (Config(32, 4, 2),)
     shape = (element_bits, head_dim, group_size > 8)
     found = _DECODE[shape]
-    if arch >= 100 and shape in _UNCAPPED_FROM_SM100:
-        found = tuple(replace(c, max_registers=None) if c.num_warps == 2 else c for c in found)
+    if arch >= 100:
+        found = tuple(_from_sm100(element_bits, head_dim, c) for c in found)
     if inline:
         return found[:1] if head_dim == 128 else (replace(found[0], max_registers=None),)
     return found

@@ -51,7 +51,7 @@ def test_bytes_scales_and_gain_are_those_of_one_token_and_head(facts: dict[str, 
 def test_measured_slopes_are_those_of_the_records_and_at_or_above_their_floor_but_for_noise() -> None:
     slopes = measured_slopes()
     assert slopes["bfloat16"].ratio == 1
-    assert slopes["fp8"].ratio == pytest.approx(0.509, abs=0.001)  # docs/measured.md, batch 32
+    assert slopes["fp8"].ratio == pytest.approx(0.505, abs=0.001)  # docs/measured.md, batch 32
     assert all(slope.ratio > 0.98 * slope.floor and slope.device == "NVIDIA H200" for slope in slopes.values())
 
 

@@ -8,9 +8,9 @@ logit a query head that takes weight but adds no value). The online softmax is t
 follow Stream-K (Osama et al., 2023): see `schedule`.
 
 One launch: a program walks one chunk of tiles for one KV head and writes the finished output of a sequence, or a
-partial result when others hold the rest of it; whichever of them arrives last joins the parts (`join_pieces`). The
-operands are swapped (S^T = K Q^T, O^T = V^T P^T) so that the few query heads pad to 8 columns, not to 16 or 64 rows.
-8-bit codes become float16 exactly, products accumulate in FP32.
+partial result when others hold the rest of it; whichever of them arrives last joins the parts, or those of a batch of
+one all together (`join`). The operands are swapped (S^T = K Q^T, O^T = V^T P^T) so that the few query heads pad to 8
+columns, not to 16 or 64 rows. 8-bit codes become float16 exactly, products accumulate in FP32.
 
 Scales: K's per-tensor or per-head scale multiplies the logits with `scale`, V's divides out at the end. A
 per-token-head K scale multiplies its logit. A per-token-head V scale joins the exponent: the weights are w = p *

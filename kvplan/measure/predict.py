@@ -21,12 +21,13 @@ from kvplan.measure.plan import Cell
 ENGINE = "kvplan"
 """The engine name that calibrations of the bundled kernels carry."""
 KERNEL_EFFICIENCY = {"int4": 0.88, "nvfp4": 0.70}
-USUAL_EFFICIENCY = 0.92
+USUAL_EFFICIENCY = 0.93
 """Share of datasheet bandwidth that the bundled kernels stream KV at: of these elements, and of all others. Assumed;
-measured on an H200 from batch 8 on are 0.91 to 0.96 for 16 and 8 bits, 0.89 for int4, and 0.70 for nvfp4, which
-unpacking limits."""
-KERNEL_INTERCEPT_S = 11e-6
-"""Launch and join of one call (assumed; 9 to 15 µs measured on an H200, 13 to 22 µs in 4 bits)."""
+measured on H200s from batch 8 on are 0.91 to 0.96 for 16 and 8 bits, 0.89 for int4, and 0.70 for nvfp4, which unpacking
+limits."""
+KERNEL_INTERCEPT_S = {"int4": 12e-6, "nvfp4": 12e-6}
+USUAL_INTERCEPT_S = 9e-6
+"""Launch and join of one call, likewise (assumed; 7 to 14 µs measured on an H200, 12 to 15 µs in 4 bits)."""
 LATENT_TILE_ROWS = 16
 LATENT_EFFICIENCY = 0.96
 LATENT_INTERCEPT_S = 20e-6
@@ -105,13 +106,15 @@ def datasheet_predictor(gpu: GpuSpec) -> Predictor | None:
         return None
 
     def latency_s(cell: Cell) -> float:
-        share = KERNEL_EFFICIENCY.get(cell.family.element, USUAL_EFFICIENCY)
-        return KERNEL_INTERCEPT_S + cell.read_bytes / (share * peak)
+        element = cell.family.element
+        share = KERNEL_EFFICIENCY.get(element, USUAL_EFFICIENCY)
+        return KERNEL_INTERCEPT_S.get(element, USUAL_INTERCEPT_S) + cell.read_bytes / (share * peak)
 
-    others = ", ".join(f"{element} {share:.0%}" for element, share in KERNEL_EFFICIENCY.items())
+    shares = ", ".join(f"{element} {share:.0%}" for element, share in KERNEL_EFFICIENCY.items())
+    calls = ", ".join(f"{element} {time_s * 1e6:.0f}" for element, time_s in KERNEL_INTERCEPT_S.items())
     source = (
-        f"roofline: {USUAL_EFFICIENCY:.0%} ({others}) of the datasheet's "
-        f"{peak / 1e12:.2f} TB/s and {KERNEL_INTERCEPT_S * 1e6:.0f} µs a call, all assumed"
+        f"roofline: {USUAL_EFFICIENCY:.0%} ({shares}) of the datasheet's {peak / 1e12:.2f} TB/s "
+        f"and {USUAL_INTERCEPT_S * 1e6:.0f} ({calls}) µs a call, all assumed"
     )
     return Predictor("assumed", source, latency_s)
 

@@ -17,6 +17,7 @@ from kvplan.measure.predict import (
     LATENT_HEAD_S,
     LATENT_INTERCEPT_S,
     USUAL_EFFICIENCY,
+    USUAL_INTERCEPT_S,
     find_predictor,
 )
 from kvplan.samples import Sample
@@ -121,11 +122,13 @@ def test_a_known_gpu_is_predicted_from_its_datasheet_and_says_so(
     assert "roofline" in predictor.source
     assert "assumed" in predictor.source
     cell = Cell(Family(SHAPE, "fp8"), 8, 65536)
-    assert predictor.latency_s(cell) == pytest.approx(KERNEL_INTERCEPT_S + 2**30 / (USUAL_EFFICIENCY * 2.039e12))
+    assert predictor.latency_s(cell) == pytest.approx(USUAL_INTERCEPT_S + 2**30 / (USUAL_EFFICIENCY * 2.039e12))
     unpacked = Cell(Family(SHAPE, "nvfp4"), 8, 65536)
-    assert predictor.latency_s(unpacked) == pytest.approx(KERNEL_INTERCEPT_S + 9 / 16 * 2**30 / (0.70 * 2.039e12))
+    assert predictor.latency_s(unpacked) == pytest.approx(
+        KERNEL_INTERCEPT_S["nvfp4"] + 9 / 16 * 2**30 / (0.70 * 2.039e12)
+    )
     windowed = Cell(Family(replace(SHAPE, window_tokens=4096), "fp8"), 8, 65536)
-    assert predictor.latency_s(windowed) == pytest.approx(KERNEL_INTERCEPT_S + 2**26 / (USUAL_EFFICIENCY * 2.039e12))
+    assert predictor.latency_s(windowed) == pytest.approx(USUAL_INTERCEPT_S + 2**26 / (USUAL_EFFICIENCY * 2.039e12))
 
 
 def test_latent_attention_of_a_known_gpu_is_predicted_from_bytes_and_products(
