@@ -68,6 +68,9 @@ TOKENS = [
         {"model": "gdn-92-layers", "gpu": "gb300", "dp_size": 16, "ep": True, "engine_version": "0.26",
          "max_model_len_tokens": 10_240, "enable_prefix_caching": False, "weight_dtype": "nvfp4"},
         46.50, 394_633, 38.54),
+    Log("vLLM 0.30.0, Qwen3.8-27B (geometry of 3.5), GH200: blocks of 1,568, two of state (a reproduction guide)",
+        {"model": "qwen3.5-27b", "gpu": "h100", "kv_cache_dtype": "fp8", "engine_version": "0.30.0",
+         "max_model_len_tokens": 131_072}, 26.84, 817_015, 6.23),
     Log("vLLM 0.19.1, MiniMax-M2.5, 4 H100 (a capacity report of ten days of service)",
         {"model": "minimax-m2.5", "gpu": "h100", "tp_size": 4, "engine_version": "0.19.1",
          "max_model_len_tokens": 128_000}, 18.16, 307_184, 2.40),
@@ -132,10 +135,10 @@ BUDGETS = [
     (0, {"gpu_memory_utilization": 0.9, "max_num_batched_tokens": 2048}),
     (1, {"gpu_memory_utilization": 0.85, "max_num_batched_tokens": 8192, "max_num_seqs": 256}),
     (2, {"gpu_memory_utilization": 0.85, "max_num_batched_tokens": 8192, "max_num_seqs": 256}),
-    (5, {"gpu_memory_utilization": 0.95, "max_num_batched_tokens": 8192, "max_num_seqs": 10}),
-    (9, {"gpu_memory_utilization": 0.9}),
-    (14, {"gpu_memory_utilization": 0.32}),
-    (16, {}),
+    (6, {"gpu_memory_utilization": 0.95, "max_num_batched_tokens": 8192, "max_num_seqs": 10}),
+    (10, {"gpu_memory_utilization": 0.9}),
+    (15, {"gpu_memory_utilization": 0.32}),
+    (17, {}),
 ]
 """Rows whose every setting is public, with what says how much memory there is for KV."""
 

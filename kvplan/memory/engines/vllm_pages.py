@@ -84,15 +84,14 @@ CHECKPOINT_BLOCKS = {"mamba1": 0, "mamba2": 1, "kda": 0, "lightning": 0, "short_
 
 
 def uses_flashinfer_gdn(options: EngineOptions) -> bool:
-    """Whether gated DeltaNet keeps FlashInfer's checkpoints: on Hopper and datacentre Blackwell under prefix caching,
-    since there are any (an unknown GPU is taken for Hopper). Elsewhere vLLM runs Triton
-    (``qwen_gdn_linear_attn.py`` ``_resolve_gdn_prefill_backend``).
+    """Whether gated DeltaNet keeps FlashInfer's checkpoints: on Hopper and Blackwell under prefix caching, since 0.33
+    (an unknown GPU is taken for Hopper). Elsewhere vLLM runs Triton, which keeps none (``qwen_gdn_linear_attn.py``).
     """
-    if not options.enable_prefix_caching or not VersionRules(options.version or CURRENT).state_checkpoints:
+    if not options.enable_prefix_caching or not VersionRules(options.version or CURRENT).keeps_checkpoints("gdn"):
         return False
     if options.gpu is not None and options.gpu.vendor == "amd":
         return False
-    return options.sm in (None, 90) or options.is_sm100_family
+    return options.sm is None or options.sm >= 90
 
 
 def state_blocks(cache: StateCache, options: EngineOptions, extra: int = 0) -> int:
@@ -100,7 +99,7 @@ def state_blocks(cache: StateCache, options: EngineOptions, extra: int = 0) -> i
     rules = VersionRules(options.version or CURRENT)
     if not options.enable_prefix_caching or not rules.hybrid_prefix_caching:
         return 1
-    if not rules.state_checkpoints:
+    if not rules.keeps_checkpoints(cache.family):
         return 2
     if cache.family == "gdn":
         return 3 if uses_flashinfer_gdn(options) else 2

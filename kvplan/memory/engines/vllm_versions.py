@@ -11,6 +11,8 @@ from kvplan.gpu import GpuSpec
 from kvplan.units import GIB
 
 OLDEST_READ, CURRENT = (0, 17), (0, 33)
+CHECKPOINTS_SINCE = {"mamba2": (0, 32), "gdn": (0, 33)}
+"""First versions whose layers of a state set ``num_prefill_checkpoint_blocks`` (read in wheels 0.29 to 0.33)."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,6 @@ class VersionRules:
         async_in_flight: windows reserve the tokens of all batches in flight; before, of one (0.24 old, 0.26 new).
         reserves_null_block: the start-up check leaves the null block out (0.26 no, 0.29 yes).
         large_gpu_tier: 16,384 batched tokens from 160 GiB on (0.26 no, 0.29 yes).
-        state_checkpoints: a checkpoint block for Mamba2, KDA and gated DeltaNet (0.26 no, 0.29 yes).
         hybrid_prefix_caching: prefix caching is on by default for hybrids (0.23 off, 0.26 on).
         subtracts_graphs: the CUDA-graph estimate is taken off the KV budget (since 0.21).
         default_fraction: ``gpu_memory_utilization`` (0.19 has 0.90, 0.20 has 0.92).
@@ -54,9 +55,9 @@ class VersionRules:
     def large_gpu_tier(self) -> bool:  # noqa: D102
         return self.version >= (0, 27)
 
-    @property
-    def state_checkpoints(self) -> bool:  # noqa: D102
-        return self.version >= (0, 27)
+    def keeps_checkpoints(self, family: str) -> bool:
+        """Whether prefix caching of these states may hold a checkpoint block: KDA's 0.26 no, 0.29 yes."""
+        return self.version >= CHECKPOINTS_SINCE.get(family, (0, 27))
 
     @property
     def hybrid_prefix_caching(self) -> bool:  # noqa: D102
