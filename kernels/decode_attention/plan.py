@@ -176,7 +176,14 @@ class DecodePlan:
         if out is None:
             out = torch.empty_like(q)
         args, flags = self._attend_call(q, cache, out)
-        self._kernel[(self.num_chunks * self._programs,)](*args, **flags)
+        kernel = self._kernel[(self.num_chunks * self._programs,)]
+        try:
+            kernel(*args, **flags)
+        except RuntimeError as error:
+            if "cooperative launch" not in str(error):
+                raise
+            flags |= {"JOIN_TOGETHER": 0, "launch_cooperative_grid": False}  # fewer run at once than reckoned
+            kernel(*args, **flags)
         return out
 
 

@@ -81,6 +81,28 @@ def test_more_programs_than_run_at_once_are_refused(monkeypatch):
         one(640, chunks=7)
 
 
+def test_where_fewer_programs_run_at_once_than_reckoned_nobody_waits():
+    plan, q, cache, expected = one(640)
+    plan._flags["launch_cooperative_grid"] = True
+    launched, kernel = [], plan._kernel
+
+    class Refusing:
+        def __getitem__(self, grid):
+            def launch(*args, launch_cooperative_grid, **flags):
+                launched.append(launch_cooperative_grid)
+                if launch_cooperative_grid:
+                    raise RuntimeError("Triton Error [CUDA]: too many blocks in cooperative launch")
+                kernel[grid](*args, **flags)
+
+            return launch
+
+    plan._kernel = Refusing()
+    for _ in range(2):
+        out = plan.run(q, cache, torch.full(q.shape, NAN))
+        assert relative_error(out, expected) <= 5e-4
+    assert launched == [True, False, False]
+
+
 @pytest.mark.parametrize(
     ("warps", "registers", "limit", "evenly"),
     [
