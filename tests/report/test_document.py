@@ -110,7 +110,7 @@ def test_a_measured_run_adds_its_points_and_the_slope_of_our_kernels(run_folder:
     assert {(p.num_users, p.kv_cache_dtype) for p in steps} == {(32, "bfloat16"), (32, "fp8")}
     assert {p.num_users for p in kernels} == {8, 32}
     first = next(p for p in steps if p.context_tokens == 2048 and p.kv_cache_dtype == "bfloat16")
-    assert first.itl_s == pytest.approx(0.00814019, rel=1e-4)  # the record itself
+    assert first.itl_s == pytest.approx(0.00809987, rel=1e-4)  # the record itself
     assert 1 + first.error == pytest.approx(first.predicted_s / first.itl_s, rel=1e-5)
     fp8 = next(row for row in report.precisions if row.kv_cache_dtype == "fp8")
     assert fp8.measured_slope_ratio == pytest.approx(0.51, abs=0.01)
