@@ -87,7 +87,8 @@ def weight_bytes(model: ModelConfig, *, tp_size: int = 1, pp_size: int = 1, ep_s
         found = _rank_bytes(model, weight_dtype, ranks, padding, low, high, first, last)
         best = max(best, found, key=lambda item: item[0])
     total, by_role = best
-    filled = "" if padding == UNPADDED else f", experts filled up to multiples of {padding.hidden} × {padding.width}"
+    pads = padding != UNPADDED and (weight_dtype is None or weight_format(weight_dtype).name == "mxfp4")
+    filled = "" if not pads else f", experts filled up to multiples of {padding.hidden} × {padding.width}"
     exact = model.exact_weights
     if exact is None or weight_dtype is not None:
         return WeightBytes(total, by_role, model_total, "assumed", _describe(model, weight_dtype) + filled)

@@ -186,6 +186,15 @@ def test_gpt_oss_is_filled_up_on_blackwell_and_amd_most_where_a_rank_has_little_
     assert weights(8, gpu="h100", engine="sglang") == weights(8)
 
 
+def test_experts_of_a_gpu_that_is_not_named_are_filled_up_as_on_hopper_and_in_other_formats_not_at_all() -> None:
+    asked: dict[str, Any] = {"model": "gpt-oss-120b", "context_tokens": 8192, "compare": False}
+    named, unnamed = (kvplan.size(**asked, **gpu).memory for gpu in ({"gpu": "h100"}, {"gpu_memory_bytes": 80 * GIB}))
+    assert named.weights_bytes == unnamed.weights_bytes
+    assert "filled up" in named.sources["weights_bytes"].detail
+    other = kvplan.size(**asked, gpu="h100", tp_size=4, weight_dtype="bf16").memory
+    assert "filled up" not in other.sources["weights_bytes"].detail
+
+
 def test_fp8_of_sparse_latents_stays_576_bytes_on_amd() -> None:
     """FlashMLA's 656-byte rows are NVIDIA's: GLM-5.3, of GLM-5.2's geometry, is told to take 47,700 bytes a token on
     MI355X (ROCm/ATOM, its recipe for LMCache), 78 × 576 + 21 × 132.

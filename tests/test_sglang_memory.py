@@ -194,6 +194,34 @@ def test_a_table_of_long_requests_is_named_where_it_leaves_too_little() -> None:
     assert not any(advice.code == "little_left" for advice in few.advice)
 
 
+@pytest.mark.parametrize("context_tokens", [8193, 2**20])
+def test_itl_and_size_reckon_with_the_same_table_of_requests(context_tokens: int) -> None:
+    """2,049 requests × 1 M tokens × 4 B are 8.0 GiB, and 0.97 of a GB200 leaves 5.5: such a server runs out of memory.
+
+    The longest context that is held is then of a shorter server, whose table has room.
+    """
+    asked: dict[str, Any] = {"model": "jamba-mini", "gpu": "gb200", "engine": "sglang", "tp_size": 2}
+    asked |= {"gpu_memory_utilization": 0.97}
+    size = kvplan.size(**asked, context_tokens=context_tokens, batch_size=2)
+    line = make_line("", asked, [context_tokens], 2)
+    assert size.fits is line.plans[0].fits is (context_tokens < 2**20)
+    longest = size.answers.max_context_at_batch_tokens
+    assert longest is not None and longest == line.max_context_tokens
+    assert kvplan.size(**asked, context_tokens=longest, batch_size=2).fits is True
+    models_limit = 262_144  # as far as is looked for unless the plan itself goes beyond
+    assert longest == models_limit or not kvplan.size(**asked, context_tokens=longest + 1, batch_size=2).fits
+
+
+def test_a_server_that_runs_out_of_memory_holds_nothing() -> None:
+    """A longest request of 1 M tokens takes 8.0 GiB for the table alone, and 0.84 of an L40S leaves 7.0."""
+    asked: dict[str, Any] = {"model": "qwen3-32b", "gpu": "l40s", "engine": "sglang", "tp_size": 2}
+    plan = kvplan.size(**asked, max_model_len_tokens=2**20, context_tokens=8193, batch_size=4)
+    assert plan.memory.excess_bytes > 0 and plan.fits is False
+    assert plan.answers.max_batch_at_context == 0
+    assert plan.answers.max_context_at_batch_tokens is None
+    assert kvplan.size(**asked, context_tokens=8193, batch_size=4).fits is True
+
+
 def test_a_limit_whose_logits_take_more_than_is_left_says_so() -> None:
     """20,000 requests × 128,256 logits × 8 B are 19.1 GiB, and 0.83 of an H100 leaves 12.7 beside graphs and table."""
     asked: dict[str, Any] = {"model": "8b", "gpu": "h100", "engine": "sglang", "context_tokens": 16}

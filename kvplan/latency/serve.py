@@ -111,7 +111,7 @@ def serve(request: ItlRequest) -> Served:
             layout=replace(deployment, num_replicas=1).describe(),
         ),
         kv_speed=speed,
-        available_bytes=_available_bytes(setup),
+        available_bytes=budget_of(setup, weights_of(setup)).room_bytes,
         max_running=size.max_num_seqs or setup.default_num_seqs,
         notes=tuple(notes),
     )
@@ -150,9 +150,3 @@ def _as_one_server(setup: Setup, deployment: Deployment) -> Setup:
     if setup.request.gpu_memory_utilization is None and deployment.attention_dp_size > 1:
         fraction = setup.engine.default_fraction(setup.model, replace(setup.options, ep=True))
     return replace(setup, engine=replace(setup.engine, experts_span_dp=True), memory_fraction=fraction)
-
-
-def _available_bytes(setup: Setup) -> int | None:
-    """KV budget of one GPU, or, below 0, what is missing on it."""
-    budget = budget_of(setup, weights_of(setup))
-    return -budget.excess_bytes if budget.excess_bytes else budget.kv_bytes

@@ -68,6 +68,11 @@ class Budget:
         rest = (self.weights, self.activation, self.graphs, self.overhead)
         return max(kv + sum(term.value_bytes or 0 for term in rest) - total, 0)
 
+    @property
+    def room_bytes(self) -> int | None:
+        """Bytes for requests: those of KV, or, below 0, what is missing where the engine runs out of memory at once."""
+        return -self.excess_bytes if self.excess_bytes else self.kv_bytes
+
 
 @dataclass(frozen=True)
 class BudgetInputs:

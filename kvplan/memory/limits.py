@@ -33,18 +33,19 @@ def _activation_bytes(setup: Setup, max_num_seqs: int) -> int:
 
 
 def kv_bytes_at(setup: Setup, longest_tokens: int, available_bytes: int) -> int:
-    """KV bytes of a GPU told of requests so long, and of a stated longest one: of long ones SGLang keeps less on AMD.
+    """KV bytes of a GPU told of requests so long, and of a stated longest one; below 0, what is missing on it.
 
+    Of long ones SGLang keeps less on AMD, and its table of them may take more than the fraction leaves.
     ``available_bytes`` is what it has with the longest request of the plan.
     """
     longest = max(longest_tokens, setup.request.max_model_len_tokens or 0)
     if longest == setup.max_model_len_tokens or setup.request.kv_cache_memory_bytes is not None:
         return available_bytes
     options = replace(setup.options, longest_tokens=longest)
-    if setup.engine.kept_share(setup.model, options) == setup.engine.kept_share(setup.model, setup.options):
-        return available_bytes
+    if setup.engine.table_bytes(options) == setup.engine.table_bytes(setup.options):
+        return available_bytes  # and so the share that is kept, of an engine that has no table
     weights = weights_of(setup)
-    now, then = (budget_of(each, weights).kv_bytes or 0 for each in (setup, replace(setup, options=options)))
+    now, then = (budget_of(each, weights).room_bytes or 0 for each in (setup, replace(setup, options=options)))
     return available_bytes + then - now
 
 
@@ -112,7 +113,7 @@ def holds_with(setup: Setup, edits: dict[str, Any]) -> Holds | None:
     try:
         other = set_up(replace(setup.request, **edits))
         plan = cache_plan(other)
-        available = budget_of(other, weights_of(other)).kv_bytes
+        available = budget_of(other, weights_of(other)).room_bytes
     except KvplanError:
         return None
     return None if available is None else Holds.of(other, plan, available)

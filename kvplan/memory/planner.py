@@ -30,7 +30,7 @@ def make_plan(setup: Setup, plan: CachePlan) -> SizePlan:
         kv_cache=kv_cache_of(setup, plan, budget.kv_bytes),
         memory=_memory(budget),
         fits=fits(setup, plan, budget),
-        answers=answers_of(setup, plan, budget.kv_bytes),
+        answers=answers_of(setup, plan, budget),
         rules=(
             *(Rule(name=n, formula=f, source=s) for n, f, s in (*plan.rules, *_engine_rules(setup, plan, budget))),
             *_block_rules(setup, plan),
@@ -179,9 +179,10 @@ def kv_cache_of(setup: Setup, plan: CachePlan, available: int | None) -> KvCache
     )
 
 
-def answers_of(setup: Setup, plan: CachePlan, available: int | None) -> Answers:
-    """The questions people ask, answered."""
-    request = setup.request
+def answers_of(setup: Setup, plan: CachePlan, budget: Budget) -> Answers:
+    """The questions people ask, answered; with KV bytes that were given, as the allocator would."""
+    request, available = setup.request, budget.kv_bytes
+    room = available if request.kv_cache_memory_bytes is not None else budget.room_bytes
     num_gpus = request.tp_size * request.pp_size * request.dp_size
     per_request = plan.bytes_per_request(setup.context_tokens)
     needed = per_request * setup.batch_per_replica
@@ -189,10 +190,10 @@ def answers_of(setup: Setup, plan: CachePlan, available: int | None) -> Answers:
     everywhere = sum(plan.rank_bytes_per_request(rank, setup.context_tokens) for rank in ranks)
     short = None
     max_batch = max_context = None
-    if available is not None:
+    if available is not None and room is not None:
         short = max(plan.bytes_to_hold(setup.batch_per_replica, setup.context_tokens) - max(available, 0), 0)
-        max_batch = most_held(setup, plan, available) * request.dp_size
-        max_context = longest_held(setup, plan, available, setup.batch_per_replica)
+        max_batch = most_held(setup, plan, room) * request.dp_size
+        max_context = longest_held(setup, plan, room, setup.batch_per_replica)
     running = request.max_num_seqs or setup.default_num_seqs
     source: Source = "given" if request.max_num_seqs is not None else "exact"
     if (derived := _derived_limit(setup, plan, available)) is not None:

@@ -585,6 +585,9 @@ def test_deepseek_v4_runs_on_tensorrt_llm_on_data_centre_blackwell_only() -> Non
         assert launched("tensorrt-llm", **asked, gpu=gpu) == ""
         with pytest.raises(KvplanError, match="TensorRT-LLM: it runs"):
             kvplan.size(**asked, gpu=gpu, engine="trtllm", context_tokens=8192)
+    assert kvplan.size(**asked, gpu_memory_bytes=180 * 2**30, engine="trtllm", context_tokens=8192).fits is True
+    with pytest.raises(KvplanError, match=r"1\.2\.1 has no DeepSeek-V4"):
+        kvplan.size(**asked, gpu="b200", engine="trtllm", engine_version="1.2.1", context_tokens=8192)
 
 
 def test_replicas_are_started_with_a_limit_each() -> None:

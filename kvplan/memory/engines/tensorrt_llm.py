@@ -34,10 +34,11 @@ RULES = approximate.Rules("tensorrt-llm", "1.3", 32, "tensorrt_llm/_torch/pyexec
 
 
 def elsewhere(model: ModelConfig, gpu: GpuSpec | None) -> str | None:
-    """Why the engine does not run the model on the GPU; None where it does, or no GPU is named."""
+    """Why the engine does not run the model on the GPU; None where it does, or the GPU is not known."""
     if gpu is not None and gpu.vendor == "amd":
         return "it runs on NVIDIA GPUs only"
-    if gpu is not None and "compressed" in model.cache_kinds and not 100 <= (gpu.sm or 0) < 120:
+    sm = None if gpu is None else gpu.sm
+    if "compressed" in model.cache_kinds and sm is not None and not 100 <= sm < 120:
         return f"it runs DeepSeek-V4 on B200, B300 and their GB200 and GB300 only ({COMPRESSED_SINCE})"
     return None
 
@@ -46,12 +47,17 @@ def plan_cache(model: ModelConfig, options: EngineOptions) -> CachePlan:
     """The cache of ``model`` in TensorRT-LLM's block pools; an approximation.
 
     Raises:
-        UnsupportedError: the GPU is not NVIDIA's, or not one that runs the model.
+        UnsupportedError: the GPU is not NVIDIA's, or it or the version does not run the model.
 
     """
     reason = elsewhere(model, options.gpu)
     if reason is not None:
         raise UnsupportedError(f"TensorRT-LLM: {reason}", hint="--engine vllm or sglang")
     compressed = "compressed" in model.cache_kinds
+    if compressed and options.version is not None and options.version < (1, 3):
+        raise UnsupportedError(
+            f"TensorRT-LLM {'.'.join(map(str, options.version))} has no DeepSeek-V4",
+            hint=f"--engine-version {COMPRESSED_SINCE} or later",
+        )
     rules = replace(RULES, default_block_tokens=COMPRESSED_BLOCK_TOKENS) if compressed else RULES
     return approximate.plan_cache(rules, model, options)
