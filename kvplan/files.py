@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from kvplan.errors import InputError, reason
@@ -36,6 +37,21 @@ def write_text(path: Path, text: str, force: bool) -> None:
             raise
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({reason(error)})", code="cannot_write") from error
+
+
+def refuse_shared(outputs: Iterable[Path], inputs: Iterable[Path | None]) -> None:
+    """Hold what is written apart from what is read, and from each other, by whatever name or link each is given.
+
+    Raises:
+        InputError: an output is one of the inputs, or another output.
+
+    """
+    seen = {os.path.realpath(path) for path in inputs if path is not None}
+    for path in outputs:
+        target = os.path.realpath(path)
+        if target in seen:
+            raise InputError(f"{path} is named twice", hint="what is written takes a name of its own")
+        seen.add(target)
 
 
 def _make(folder: Path) -> None:

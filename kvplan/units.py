@@ -17,6 +17,8 @@ TIB = 1024**4
 MAX_TOKENS = 2**40
 MAX_BYTES = 2**60
 
+RATES = (("TB/s", 1e12), ("GB/s", 1e9), ("MB/s", 1e6))
+"""Units of bandwidth; each serves from a tenth of it on."""
 GROUPED = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
 """A number with a mark between its thousands: ``32,768``."""
 _TOKENS = re.compile(r"^([0-9]+(?:\.[0-9]+)?)\s*(k|ki|m|mi)?$", re.IGNORECASE)
@@ -144,7 +146,8 @@ def format_bytes_per_s(value: float | None) -> str:
     """``4.62e12`` → ``"4.62 TB/s"``; powers of ten, as datasheets give bandwidth."""
     if value is None:
         return "unknown"
-    return f"{value / 1e12:.2f} TB/s" if value >= 1e11 else f"{value / 1e9:.2f} GB/s"
+    unit, size = next((u for u in RATES if value >= u[1] / 10), RATES[-1])
+    return f"{value / size:.2f} {unit}"
 
 
 def format_count(value: int, noun: str) -> str:

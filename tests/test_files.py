@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvplan.errors import InputError
-from kvplan.files import write_text
+from kvplan.files import refuse_shared, write_text
 
 
 def test_a_file_that_exists_is_replaced_only_when_that_is_asked(tmp_path: Path) -> None:
@@ -49,3 +49,15 @@ def test_a_text_that_cannot_be_made_leaves_nothing(tmp_path: Path, monkeypatch: 
     with pytest.raises(InputError, match=r"a\.txt: cannot be written \(No space left on device\)"):
         write_text(tmp_path / "a.txt", "second", force=True)
     assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [("a.txt", "first")]
+
+
+def test_an_output_is_no_input_by_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.csv").write_text("samples")
+    (tmp_path / "link.csv").symlink_to("in.csv")
+    for name in ("in.csv", "./in.csv", str(tmp_path / "in.csv"), "link.csv"):
+        with pytest.raises(InputError, match=r"in\.csv is named twice|link\.csv is named twice"):
+            refuse_shared([Path(name)], [None, Path("in.csv")])
+    with pytest.raises(InputError, match="out is named twice"):
+        refuse_shared([Path("out"), Path("./out")], [])
+    refuse_shared([Path("out"), Path("other")], [None, Path("in.csv")])

@@ -53,15 +53,15 @@ def calibrate_command(
     from kvplan.calibration import calibrate as work
     from kvplan.calibration.document import write_json
     from kvplan.calibration.store import canonical_engine
-    from kvplan.files import write_text
+    from kvplan.files import refuse_shared, write_text
     from kvplan.gpu import resolve_gpu
 
     if predictions is not None and evaluate is None:
         raise InputError("--predictions needs cases", hint="add --evaluate CASES.csv")
-    for path, others in ((output, (samples, evaluate, predictions)), (predictions, (samples, evaluate))):
-        if path is not None and path in others:
-            raise InputError(f"{path} is named twice", hint="what is written takes a name of its own")
-        if path is not None and path.exists() and not force:
+    written = [path for path in (output, predictions) if path is not None]
+    refuse_shared(written, (samples, evaluate))
+    for path in written:
+        if path.exists() and not force:
             raise InputError(f"{path} exists", hint="choose another name or add --force")
     spec = resolve_gpu(gpu)
     document, points = work.calibrate_file(
@@ -80,9 +80,8 @@ def calibrate_command(
         sys.stdout.write(json.dumps({"schema_version": 1, "calibration": document, "errors": errors}, indent=2) + "\n")
     else:
         _show(document, lines, found)
-    for path in (output, predictions):
-        if path is not None:
-            print(f"wrote {path}", file=sys.stderr)
+    for path in written:
+        print(f"wrote {path}", file=sys.stderr)
 
 
 def _show(document: dict[str, object], lines: list[ErrorLine] | None, found: Predictions | None) -> None:

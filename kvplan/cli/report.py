@@ -150,9 +150,12 @@ def report_command(
 def _one(request: dict[str, Any], output: list[Path], force: bool, as_json: bool, check: bool) -> None:
     from kvplan.api import report
     from kvplan.document.fleet import form_of, write_documents
+    from kvplan.files import refuse_shared
 
     for path in output:
         form_of(path)
+    model = None if request["model"] is None else Path(request["model"])
+    refuse_shared(output, (model, model and model / "config.json", request["calibration"]))
     document = report(**request)
     write_documents(document, output, force=force)
     if output and not as_json:

@@ -59,17 +59,10 @@ def read_run(path: Path, gpu_name: str) -> Run:
         raise InputError(f"{path} was measured on {shorten(gpu, 40)}, not on {gpu_name}{cpu}",
                          hint=f"measure on {gpu_name}, or leave --measured out")  # fmt: skip
     found = read_samples(folder.samples_path)
-    samples, steps = found.samples, [record for record in folder.records("steps") if _is_step(record)]
+    samples, steps = found.samples, folder.records("steps")
     if not samples and not steps:
         raise InputError(f"{path} holds no sample", hint="go on with `kvplan measure --resume`")
     return Run(path, environment, *_steps_of(path), samples, len(found.corrupt), steps)
-
-
-def _is_step(record: dict[str, Any]) -> bool:
-    counts = all(type(record.get(name)) is int and record[name] > 0 for name in ("batch_size", "context_tokens"))
-    times = all(isinstance(record.get(name), float) and 0 < record[name] < 1e6
-                for name in ("latency_s", "p10_s", "p90_s"))  # fmt: skip
-    return counts and times and isinstance(record.get("kv_dtype"), str)
 
 
 def _steps_of(path: Path) -> tuple[str | None, str]:

@@ -228,7 +228,7 @@ def peer_rows(records: Iterable[dict[str, Any]], samples: Sequence[Sample]) -> l
     rows = []
     for r in records:
         shape = Shape(r["num_q_heads"], r["num_kv_heads"], r["head_dim"])
-        kv_dtype = r.get("kv_dtype", BASE)
+        kv_dtype = r["kv_dtype"]
         base = ours.get((kv_dtype, shape, r["batch_size"], r["context_tokens"]))
         rows.append(
             PeerRow(r["name"], kv_dtype, shape.describe(), r["batch_size"], r["context_tokens"], r["latency_s"],

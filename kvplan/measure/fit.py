@@ -22,16 +22,21 @@ from kvplan.measure.run_folder import RunFolder
 
 
 def calibrate_run(folder: RunFolder, environment: Environment, roofline_bytes_per_s: float) -> CalibrationResult:
-    """Fit the run's samples and write the calibration; a fit that cannot be made is a result that says why."""
+    """Fit the run's samples and write the calibration; a fit that cannot be made is a result that says why.
+
+    Raises:
+        InputError: the run's own folder cannot be written.
+
+    """
     gpu = gpu_of(environment, roofline_bytes_per_s)
     try:
         document, predictor = fit_run(folder, gpu, environment.kvplan)
         path = store.user_folder() / f"{document['name']}.json"
         write_json(path, document, force=True)
-        folder.add("calibrations", {"path": str(path)})
     except KvplanError as error:
         hint = f" ({error.hint})" if error.hint else ""
         return CalibrationResult(None, gpu.name, f"{error.message}{hint}", None)
+    folder.add("calibrations", {"path": str(path)})
     rows = cell_rows(folder.samples()[0], roofline_bytes_per_s, predictor.latency_s)
     return CalibrationResult(str(path), gpu.name, None, compare(rows, predictor.kind, predictor.source))
 

@@ -8,13 +8,11 @@ from pathlib import Path
 from kvplan.errors import InputError, UnsupportedError, shorten
 from kvplan.measure.backend import Backend, Environment
 from kvplan.measure.family import Shape, checked_shape, model_shapes, parse_kv_dtypes
-from kvplan.measure.plan import WEIGHT_BYTES, MeasureRequest
+from kvplan.measure.plan import MAX_SEED, PEERS, WEIGHT_BYTES, MeasureRequest
 from kvplan.measure.step_plan import step_model
 
 DEFAULT_KV_DTYPES = ("bf16", "fp8", "fp8_per_token_head")
 LATENT_KV_DTYPES = ("bf16", "fp8", "fp8_ds_mla")
-PEERS = {"torch": "torch SDPA", "flashinfer": "FlashInfer XQA", "vllm": "vLLM FlashAttention-3"}
-"""What ``--compare`` can put beside ours, and how it is called in reports."""
 FIRST_FP8_ARCHITECTURE = 89
 
 
@@ -65,6 +63,8 @@ def resolve_request(options: Options, backend: Backend) -> MeasureRequest:
     for name in options.compare:
         if name not in PEERS:
             raise InputError(f"--compare {name!r} is not known", hint=f"known: {', '.join(PEERS)}")
+    if options.seed > MAX_SEED:
+        raise InputError(f"--seed {shorten(options.seed, 40)} is more than {MAX_SEED:,}")
     if options.weight_dtype is not None and not options.whole_step:
         raise InputError("--weight-dtype is of whole steps: attention has no weights", hint="add --whole-step")
     weight_dtype = _weight_dtype(options.weight_dtype or "bf16", backend.environment)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any
 
 from kvplan.errors import InputError
@@ -17,6 +17,13 @@ L2_REUSE = 4
 BUILD_FACTOR = 1.2
 """Memory that a cell needs while it is filled, over the caches themselves."""
 MEMORY_SHARE = 0.9
+MAX_SEED = 2**63 - 1
+"""What torch's generators take."""
+
+REPLAYS = {"quick": 20, "thorough": 50}
+"""Of each cell, by effort."""
+PEERS = {"torch": "torch SDPA", "flashinfer": "FlashInfer XQA", "vllm": "vLLM FlashAttention-3"}
+"""What ``--compare`` can put beside ours, and how it is called in reports."""
 
 WEIGHT_BYTES = {"bf16": 2, "fp8": 1}
 """Bytes of a weight of a layer, by ``--weight-dtype``; the LM head stays in bf16, as FP8 checkpoints have it."""
@@ -98,9 +105,10 @@ def request_from_dict(data: dict[str, Any], where: str) -> MeasureRequest:
     """A request from its JSON form.
 
     Raises:
-        InputError: it does not have the form that ``as_dict`` gives.
+        InputError: it does not have the form that ``as_dict`` gives, or what it names cannot be measured.
 
     """
+    refused = InputError(f"{where}: not the request of a run", hint="start a new run without --resume")
     try:
         shapes = tuple(Shape(**shape) for shape in data["shapes"])
         lists = {
@@ -108,10 +116,28 @@ def request_from_dict(data: dict[str, Any], where: str) -> MeasureRequest:
             for name in ("kv_dtypes", "batch_sizes", "context_tokens", "compare", "step_context_tokens")
         }
         request = MeasureRequest(**{**data, **lists, "shapes": shapes})
-        WEIGHT_BYTES[request.step_weight_dtype]
-        return request
+        sound = _is_sound(request)
     except (KeyError, TypeError) as error:
-        raise InputError(f"{where}: not the request of a run", hint="start a new run without --resume") from error
+        raise refused from error
+    if not sound:
+        raise refused
+    return request
+
+
+def _is_sound(request: MeasureRequest) -> bool:
+    """Whether its sizes are counts, and its names are known; formats are looked up where they are measured."""
+    lists = (request.shapes, request.kv_dtypes, request.batch_sizes, request.context_tokens)
+    sizes = [size for shape in request.shapes for size in astuple(shape) if size is not None]
+    counts = [*sizes, *request.batch_sizes, *request.context_tokens, *request.step_context_tokens]
+    return (
+        all(lists)
+        and all(type(count) is int and count > 0 for count in counts)
+        and type(request.seed) is int
+        and 0 <= request.seed <= MAX_SEED
+        and request.effort in REPLAYS
+        and set(request.compare) <= PEERS.keys()
+        and request.step_weight_dtype in WEIGHT_BYTES
+    )
 
 
 def plan_cells(

@@ -30,6 +30,12 @@ from kvplan.samples import CorruptLine, Sample, append_record, append_sample, re
 
 MUST_MATCH = ("gpu", "device_name", "kind", "torch", "triton", "kvplan")
 DEFAULT_PARENT = "kvplan-runs"
+TEXTS = {"peers": ("name", "kv_dtype"), "steps": ("kv_dtype",)}
+COUNTS = {
+    "peers": ("num_q_heads", "num_kv_heads", "head_dim", "batch_size", "context_tokens", "read_bytes"),
+    "steps": ("batch_size", "context_tokens", "distinct_layers"),
+}
+SECONDS = ("latency_s", "p10_s", "p90_s")
 
 
 def cell_key(sample: Sample) -> tuple[Any, ...]:
@@ -66,7 +72,7 @@ class RunFolder:
         append_record(self.path / f"{kind}.jsonl", {**record, "time": timestamp()})
 
     def records(self, kind: str) -> list[dict[str, Any]]:
-        """The readable objects of ``KIND.jsonl``, in order."""
+        """The whole records of ``KIND.jsonl``, in order; lines that hold none are passed over."""
         try:
             text = (self.path / f"{kind}.jsonl").read_text(encoding="utf-8", errors="replace")
         except OSError:
@@ -77,7 +83,7 @@ class RunFolder:
                 data = json.loads(line)
             except ValueError:
                 continue
-            if isinstance(data, dict):
+            if isinstance(data, dict) and _is_whole(data, kind):
                 found.append(data)
         return found
 
@@ -88,6 +94,15 @@ class RunFolder:
     def write_report(self, text: str) -> None:
         """Write ``report.json``."""
         write_text(self.path / "report.json", text, force=True)
+
+
+def _is_whole(record: Mapping[str, Any], kind: str) -> bool:
+    """Whether what was timed has what its kind is read for; of other kinds nothing is asked."""
+    if kind not in COUNTS:
+        return True
+    texts = all(isinstance(record.get(name), str) for name in TEXTS[kind])
+    counts = all(type(record.get(name)) is int and record[name] > 0 for name in COUNTS[kind])
+    return texts and counts and all(type(record.get(name)) is float and 0 < record[name] < 1e6 for name in SECONDS)
 
 
 def timestamp() -> str:

@@ -20,10 +20,11 @@ from kvplan.measure.backend import (
     Timed,
 )
 from kvplan.measure.family import Family
-from kvplan.measure.options import PEERS
 from kvplan.measure.plan import (
     BUILD_FACTOR,
     MEMORY_SHARE,
+    PEERS,
+    REPLAYS,
     Cell,
     MeasureRequest,
     Skipped,
@@ -36,7 +37,6 @@ from kvplan.units import format_bytes, format_bytes_per_s, format_seconds
 
 Say = Callable[[str], None]
 
-REPLAYS = {"quick": 20, "thorough": 50}
 BASE = "bfloat16"
 PEER_SIZES = ("num_q_heads", "num_kv_heads", "head_dim", "batch_size", "context_tokens")
 
@@ -157,7 +157,7 @@ class Run:
         if reason := self.backend.peer_missing(name):
             self.skipped.append(Skipped(PEERS[name], reason))
             return
-        done = {(r["name"], r.get("kv_dtype", BASE), *(r[size] for size in PEER_SIZES))
+        done = {(r["name"], r["kv_dtype"], *(r[size] for size in PEER_SIZES))
                 for r in self.folder.records("peers")}  # fmt: skip
         dtypes = tuple(d for d in (BASE, "fp8") if d in self.request.kv_dtypes and name != "torch") or (BASE,)
         for shape in self.request.shapes:

@@ -146,7 +146,8 @@ def step_rows(
     """One row a record, in the order of formats and contexts."""
     by_name = {family.kv_dtype: (number, family) for number, family in enumerate(families)}
     rows = []
-    for r in sorted(records, key=lambda r: (by_name[r["kv_dtype"]][0], r["context_tokens"])):
+    known = [r for r in records if r["kv_dtype"] in by_name]
+    for r in sorted(known, key=lambda r: (by_name[r["kv_dtype"]][0], r["context_tokens"])):
         family, measured = by_name[r["kv_dtype"]][1], r["latency_s"]
         predicted = None if predict is None else predict.itl_s(family, r["batch_size"], r["context_tokens"])
         rows.append(

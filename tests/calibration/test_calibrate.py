@@ -19,6 +19,7 @@ from kvplan.calibration.geometry import Dispatch
 from kvplan.calibration.schema import OTHER_KINDS, attention_from_json, check_other
 from kvplan.errors import InputError, ProfileError
 from kvplan.gpu import load_gpu
+from kvplan.units import format_bytes_per_s
 
 COLUMNS = ["batch_size", "context_tokens", "num_q_heads", "num_kv_heads", "head_dim", "window_tokens", "kv_dtype",
            "latency_s"]  # fmt: skip
@@ -111,6 +112,13 @@ def test_what_to_measure_next_is_near_what_was_measured(tmp_path):
     named = [(int(b), int(c.replace(",", ""))) for b, c in re.findall(r"batch (\d+) × ([\d,]+) tokens", hint)]
     assert hint.startswith("measure next: ") and len(named) == 2 and not set(named) & set(seen)
     assert all(b <= 8 and c <= 512 and b * c <= 4 * 2 * 128 for b, c in named)
+
+
+def test_a_bandwidth_takes_the_unit_that_shows_its_digits():
+    rates = (4.62e12, 1e11, 9.9e10, 1e8, 9.9e7, 1e3)
+    assert [format_bytes_per_s(rate) for rate in rates] == [
+        "4.62 TB/s", "0.10 TB/s", "99.00 GB/s", "0.10 GB/s", "99.00 MB/s", "0.00 MB/s",
+    ]  # fmt: skip
 
 
 def test_a_slow_device_is_shown_in_gigabytes_a_second(tmp_path, kvplan_cli):
@@ -280,12 +288,14 @@ def test_every_shipped_calibration_is_valid_and_says_where_it_comes_from():
         ("-o s.csv", "s.csv"),
         ("-o fit.json --evaluate cases.csv --predictions cases.csv", "cases.csv"),
         ("-o fit.json --evaluate s.csv --predictions fit.json", "fit.json"),
+        ("-o link.json", "link.json"),
     ],
 )
 def test_what_is_written_is_not_what_is_read(tmp_path, monkeypatch, kvplan_cli, options: str, twice: str):
     monkeypatch.chdir(tmp_path)
     for name in ("s.csv", "cases.csv"):
         write(tmp_path / name, [row(b, c) for b, c in GRID])
+    (tmp_path / "link.json").symlink_to("s.csv")
     before = (tmp_path / "s.csv").read_bytes()
     ran = kvplan_cli("calibrate", "s.csv", "--gpu", "h200", "--force", *options.split())
     assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1)

@@ -155,8 +155,8 @@ def test_an_unknown_device_is_not_predicted(tmp_path: object, monkeypatch: pytes
 
 
 def test_a_peer_stands_beside_the_16_bit_cell_of_its_sizes() -> None:
-    record = {"name": "torch", "num_q_heads": 64, "num_kv_heads": 8, "head_dim": 128, "batch_size": 8,
-              "context_tokens": 4096, "latency_s": 3e-5, "read_bytes": 2**27}  # fmt: skip
+    record = {"name": "torch", "kv_dtype": "bfloat16", "num_q_heads": 64, "num_kv_heads": 8, "head_dim": 128,
+              "batch_size": 8, "context_tokens": 4096, "latency_s": 3e-5, "read_bytes": 2**27}  # fmt: skip
     ours = [sample("bfloat16", 4096, 1e-5), sample("fp8", 4096, 5e-6)]
     assert [row.speed_ratio for row in peer_rows([record], ours)] == pytest.approx([3])
     assert [row.speed_ratio for row in peer_rows([record], ours[1:])] == [None]

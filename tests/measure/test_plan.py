@@ -154,6 +154,23 @@ def test_too_many_cells_are_refused() -> None:
         plan_cells(request(batch_sizes=tuple(range(1, 2000))), free_bytes=GIB, l2_bytes=None)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"seed": None}, {"seed": "x"}, {"seed": 2**63}, {"seed": -1}, {"effort": "slow"}, {"effort": []},
+        {"compare": ["triton"]}, {"batch_sizes": []}, {"batch_sizes": ["4"]}, {"context_tokens": [0]}, {"shapes": []},
+        {"step_weight_dtype": "fp4"}, {"shapes": [{"num_q_heads": 8, "num_kv_heads": 0, "head_dim": 64}]},
+    ],
+)  # fmt: skip
+def test_a_request_that_cannot_be_measured_is_no_request(wrong: dict[str, object]) -> None:
+    whole = {"shapes": [{"num_q_heads": 8, "num_kv_heads": 2, "head_dim": 64}], "kv_dtypes": ["fp8"],
+             "batch_sizes": [1], "context_tokens": [64], "compare": [], "step_context_tokens": [],
+             "effort": "quick", "device": "cpu"}  # fmt: skip
+    assert request_from_dict(whole, "request.json").batch_sizes == (1,)
+    with pytest.raises(InputError, match=r"request\.json: not the request of a run"):
+        request_from_dict(whole | wrong, "request.json")
+
+
 def test_a_request_survives_its_json() -> None:
     import json
 

@@ -95,6 +95,33 @@ def test_a_finished_run_that_is_resumed_says_that_it_calibrated_before(run: Cli,
     assert (tmp_path / "r" / "samples.jsonl").read_text() == samples
 
 
+def test_a_seed_beyond_what_torch_takes_is_refused(run: Cli, tmp_path: Path) -> None:
+    ran = run(*TINY, "-o", "r", "--seed", str(2**63))
+    assert (ran.code, ran.out) == (2, "")
+    assert one_line(ran).startswith("error: --seed 9223372036854775808 is more than ")
+    assert not (tmp_path / "r").exists()
+    assert run(*TINY, "--ctx", "32", "-o", "r", "--seed", str(2**63 - 1), "--no-calibrate").code == 0
+
+
+def test_lines_of_peers_that_hold_no_record_are_passed_over(run: Cli, tmp_path: Path) -> None:
+    first = run(*TINY, "--compare", "torch", "-o", "r", "--no-calibrate", "--json")
+    assert first.json["peers"]
+    with (tmp_path / "r" / "peers.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{}\n{"name": "x"}\n[]\n')
+        file.write(json.dumps({**first.json["peers"][0], "latency_s": "x"}) + "\n")
+    again = run("--resume", "r", "--no-calibrate", "--json")
+    assert again.code == 0, again.err
+    assert again.json["peers"] == first.json["peers"]
+
+
+def test_a_calibration_that_cannot_be_noted_in_the_run_is_not_said_to_be_missing(run: Cli, tmp_path: Path) -> None:
+    assert run(*TINY, "-o", "r", "--no-calibrate").code == 0
+    (tmp_path / "r" / "calibrations.jsonl").mkdir()
+    ran = run("--resume", "r")
+    assert ran.code == 2 and "calibrations.jsonl: cannot be written" in one_line(ran)
+    assert "not calibrated" not in ran.out
+
+
 def test_a_run_goes_on_with_the_device_it_was_started_on(run: Cli) -> None:
     """It is known from the folder, and stating it beside --resume is refused."""
     assert run(*TINY, "-o", "r", "--no-calibrate").code == 0
@@ -502,6 +529,9 @@ def test_a_whole_step_of_a_dense_model_is_timed_and_gone_on_with(run: Cli, tmp_p
     assert (tmp_path / "r" / "steps.jsonl").read_text() == records
     assert "Whole decode step: " in again.out
     assert again.out.count(", R² ") == 2, "each line goes through three contexts"
+    unknown = {**json.loads(records.splitlines()[0]), "kv_dtype": "fp9"}
+    (tmp_path / "r" / "steps.jsonl").write_text(f"{records}{{}}\n[]\n{json.dumps(unknown)}\n")
+    assert run("--resume", "r", "--no-calibrate", "--json").json["steps"] == steps, "lines that hold no step of it"
 
 
 def test_a_whole_step_with_fp8_weights_reads_half_the_bytes_of_its_layers(run: Cli, tmp_path: Path) -> None:

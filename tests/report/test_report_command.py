@@ -59,6 +59,22 @@ def test_without_a_file_markdown_goes_to_stdout_and_json_on_request(kvplan_cli: 
     assert kvplan_cli(*CHAT, "--json").json["schema_version"] == 1
 
 
+@pytest.mark.parametrize("model", ["tiny", "tiny/config.json", "link.json"])
+def test_a_report_is_not_written_over_what_it_is_made_of(
+    kvplan_cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    config = tmp_path / "tiny" / "config.json"
+    config.write_text("{}")
+    (tmp_path / "link.json").symlink_to(config)
+    done = kvplan_cli("report", "--model", model, "--gpu", "h200", "-o", str(config), "--force")
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert f"{config} is named twice" in done.err and config.read_text() == "{}"
+    measured = ("-o", "fit.json", "--calibration", "fit.json", "--force")
+    assert "fit.json is named twice" in kvplan_cli("report", "--model", "8b", "--gpu", "h200", *measured).err
+
+
 def test_a_file_that_exists_stays_unless_force_is_given(kvplan_cli: Cli, tmp_path: Path) -> None:
     kept, new = tmp_path / "kept.html", tmp_path / "new.md"
     kept.write_text("mine")
