@@ -190,7 +190,10 @@ def test_a_table_of_long_requests_is_named_where_it_leaves_too_little() -> None:
     assert many.fits is True and "12.00 GiB are the table" in said
     beyond = kvplan.size(**asked, context_tokens=2**20, max_num_seqs=100_000)  # 391 GiB
     assert beyond.fits is False and beyond.advice[0].message.endswith("; a lower --max-num-seqs takes less")
+    no_kv = kvplan.size(model="70b", gpu="h100", engine="sglang", context_tokens=2**20)
+    assert no_kv.advice[0].code == "weights_do_not_fit"  # such a server never starts
     few = kvplan.size(**asked, context_tokens=2**20, max_num_seqs=64)
+    assert not any(advice.code == "little_left" for advice in no_kv.advice)
     assert not any(advice.code == "little_left" for advice in few.advice)
 
 
@@ -219,6 +222,9 @@ def test_a_server_that_runs_out_of_memory_holds_nothing() -> None:
     assert plan.memory.excess_bytes > 0 and plan.fits is False
     assert plan.answers.max_batch_at_context == 0
     assert plan.answers.max_context_at_batch_tokens is None
+    assert plan.advice[0].message.endswith("a --max-num-seqs below 2,048 takes less")
+    few = kvplan.size(**asked, max_model_len_tokens=2**20, context_tokens=8193, batch_size=4, max_num_seqs=64)
+    assert few.memory.excess_bytes == 0
     assert kvplan.size(**asked, context_tokens=8193, batch_size=4).fits is True
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from kvplan.errors import KvplanError
 from kvplan.memory.cache_plan import CachePlan
-from kvplan.memory.engines.sglang_memory import FREE_AFTER_START_BYTES
+from kvplan.memory.engines.sglang_memory import FREE_AFTER_START_BYTES, LEAST_RUNNING
 from kvplan.memory.limits import kv_bytes_for, most_held
 from kvplan.memory.plan import Advice, SizePlan
 from kvplan.memory.planner import fits
@@ -134,15 +134,17 @@ def budget(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[Advice]:
             usable = memory.usable_bytes or 1
             fraction = floor(setup.fraction * (usable - memory.excess_bytes) / usable * 100) / 100
             most = f"; at most {setup.engine.fraction_flag} {fraction:g} would do"
-        if setup.request.max_num_seqs is not None and (memory.activation_bytes or 0) >= memory.excess_bytes:
-            most += f"{' and' if most else ';'} a lower --max-num-seqs takes less"
+        told, table = setup.request.max_num_seqs is not None, setup.engine.table_bytes(setup.options)
+        if (memory.activation_bytes or 0) >= memory.excess_bytes if told else table >= memory.excess_bytes:
+            lower = "a lower --max-num-seqs" if told else f"a --max-num-seqs below {LEAST_RUNNING:,}"
+            most += f"{' and' if most else ';'} {lower} takes less"
         yield Advice(
             code="budget_beyond_gpu",
             message=f"weights, the KV bytes set aside and the engine's own memory exceed the GPU's memory by "
             f"{format_gib(memory.excess_bytes)}: the engine would run out of memory{most}",
         )
         return
-    if setup.engine.fraction_of == "static" and memory.kv_cache_bytes is not None:
+    if setup.engine.fraction_of == "static" and (memory.kv_cache_bytes or 0) > 0:
         yield from _free_after_start(setup, answer)
     if (
         setup.request.kv_cache_memory_bytes is None

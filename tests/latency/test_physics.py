@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,10 @@ from hypothesis import strategies as st
 
 import kvplan
 from kvplan import KvplanError
-from kvplan.latency.parameters import PARAMETERS
+from kvplan.latency.parameters import PARAMETERS, serving_calibration
 from kvplan.latency.step import LoadFeatures, StepFeatures, load_times
+
+ROOT = Path(__file__).parents[2]
 
 MODELS = st.sampled_from(["8b", "70b", "qwen3-32b", "gpt-oss-120b", "deepseek-v3", "qwen3-235b-a22b", "gemma-3-27b"])
 GPUS = st.sampled_from(["a100-80gb-sxm", "h100", "h200", "b200", "l40s", "mi300x", "rtx-pro-6000-server"])
@@ -234,6 +237,15 @@ def test_the_first_token_of_steady_clients_comes_as_nim_measured(clients: int, m
     assert found.ttft_s == pytest.approx(measured_s, rel=0.3)
     low, high = found.ttft_interval_s
     assert low < measured_s < high
+    assert f"{found.ttft_s:.2f}" in (ROOT / "docs/accuracy.md").read_text()
+
+
+def test_figures_in_the_prose_of_the_accuracy_report_are_those_of_the_calibration() -> None:
+    prose, common = (ROOT / "docs/accuracy.md").read_text(), serving_calibration().common
+    burst, attention, matrix = (np.exp(common[name]) for name in ("ttft_exact", "prefill_attention", "matrix_moe"))
+    assert f"up to {burst:.1f} times the steady state's" in prose
+    assert f"reaches its own share of the 16-bit peak, {attention:.2f}." in prose
+    assert f"share of matrix products, {matrix:.2f} in models with experts" in prose
 
 
 @pytest.mark.parametrize(
