@@ -68,91 +68,78 @@ def join_pieces(
     TOGETHER: tl.constexpr,  # 0, or for programs that all run at once: their warps
     UNPACK: tl.constexpr,
 ):
-    """Join the pieces of a sequence. `arrived_ptr` counts, and is zero again when the kernel ends.
+    """Join the pieces of a sequence: all together, or of each `radix_of` neighbours the last to arrive, level by level.
 
-    Not inlined: its addresses would hold registers all through the main loop.
+    A group's result replaces its first piece; the top group writes the output. `arrived_ptr` counts, and is zero again
+    when the kernel ends. Not inlined: its addresses would hold registers all through the main loop.
     """
-    pointers = (sink_ptr, out_ptr, partial_ptr, partial_lse_ptr, arrived_ptr)
     if TOGETHER > 0:
-        _join_together(*pointers, piece, first_chunk, pieces, kv_head, KV_HEADS, G, D, SINKS, TOGETHER, UNPACK)
-    else:
-        _join_by_levels(
-            *pointers, piece, first_chunk, pieces, num_chunks, kv_head, KV_HEADS, G, GP, D, DP, SINKS, JOIN_STAGES
+        _join_together(
+            sink_ptr,
+            out_ptr,
+            partial_ptr,
+            partial_lse_ptr,
+            arrived_ptr + 8 * kv_head,  # each in a sector of its own
+            piece,
+            first_chunk,
+            pieces,
+            kv_head,
+            KV_HEADS,
+            G,
+            D,
+            SINKS,
+            TOGETHER,
+            UNPACK,
         )
-
-
-@triton.jit
-def _join_by_levels(
-    sink_ptr,
-    out_ptr,
-    partial_ptr,
-    partial_lse_ptr,
-    arrived_ptr,
-    piece,
-    first_chunk,
-    pieces,
-    num_chunks,
-    kv_head,
-    KV_HEADS: tl.constexpr,
-    G: tl.constexpr,
-    GP: tl.constexpr,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    SINKS: tl.constexpr,
-    JOIN_STAGES: tl.constexpr,
-):
-    """Of each `radix_of` neighbours the last to arrive adds them up, level by level.
-
-    A group's result replaces its first piece; the top group writes the output.
-    """
-    heads = tl.arange(0, GP)
-    dims = tl.arange(0, DP)
-    row_ok = heads < G
-    cell_ok = row_ok[:, None] & (dims < D)[None, :]
-    cell = (kv_head * G + heads)[:, None] * D + dims[None, :]
-    active = pieces > 1
-    radix = radix_of(pieces, JOIN_STAGES)
-    width = pieces * 0 + 1
-    counters = arrived_ptr + kv_head
-    while active:
-        first = piece // (width * radix) * (width * radix)
-        count = tl.minimum(tl.cdiv(pieces - first, width), radix)
-        counter = counters + piece_slot(first_chunk, first) * KV_HEADS
-        tl.debug_barrier()
-        active = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == count - 1
-        if active:
-            tl.store(counter, 0)
-            top = pieces <= width * radix
-            peak = tl.full([GP], float("-inf"), tl.float32)
-            weight = tl.zeros([GP], tl.float32)
-            acc = tl.zeros([GP, DP], tl.float32)
-            for member in tl.range(0, count, num_stages=JOIN_STAGES):
-                one = piece_slot(first_chunk, first + member * width) * (KV_HEADS * G)
-                one_lse = tl.load(
-                    partial_lse_ptr + (one + kv_head * G + heads), mask=row_ok, other=0.0, cache_modifier=".cg"
-                )
-                values = tl.load(partial_ptr + (one * D + cell), mask=cell_ok, other=0.0, cache_modifier=".cg")
-                new_peak = tl.maximum(peak, one_lse)
-                keep = tl.exp2(peak - new_peak)
-                share = tl.exp2(one_lse - new_peak)
-                acc = acc * keep[:, None] + values * share[:, None]
-                weight = weight * keep + share
-                peak = new_peak
-            if SINKS:
-                sink = tl.load(sink_ptr + kv_head * G + heads, mask=row_ok, other=0.0) * LOG2_E
+    else:
+        heads = tl.arange(0, GP)
+        dims = tl.arange(0, DP)
+        row_ok = heads < G
+        cell_ok = row_ok[:, None] & (dims < D)[None, :]
+        cell = (kv_head * G + heads)[:, None] * D + dims[None, :]
+        active = pieces > 1
+        radix = radix_of(pieces, JOIN_STAGES)
+        width = pieces * 0 + 1
+        counters = arrived_ptr + kv_head
+        while active:
+            first = piece // (width * radix) * (width * radix)
+            count = tl.minimum(tl.cdiv(pieces - first, width), radix)
+            counter = counters + piece_slot(first_chunk, first) * KV_HEADS
+            tl.debug_barrier()
+            active = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == count - 1
+            if active:
+                tl.store(counter, 0)
+                top = pieces <= width * radix
+                peak = tl.full([GP], float("-inf"), tl.float32)
+                weight = tl.zeros([GP], tl.float32)
+                acc = tl.zeros([GP, DP], tl.float32)
+                for member in tl.range(0, count, num_stages=JOIN_STAGES):
+                    one = piece_slot(first_chunk, first + member * width) * (KV_HEADS * G)
+                    one_lse = tl.load(
+                        partial_lse_ptr + (one + kv_head * G + heads), mask=row_ok, other=0.0, cache_modifier=".cg"
+                    )
+                    values = tl.load(partial_ptr + (one * D + cell), mask=cell_ok, other=0.0, cache_modifier=".cg")
+                    new_peak = tl.maximum(peak, one_lse)
+                    keep = tl.exp2(peak - new_peak)
+                    share = tl.exp2(one_lse - new_peak)
+                    acc = acc * keep[:, None] + values * share[:, None]
+                    weight = weight * keep + share
+                    peak = new_peak
+                if SINKS:
+                    sink = tl.load(sink_ptr + kv_head * G + heads, mask=row_ok, other=0.0) * LOG2_E
+                    if top:
+                        weight += tl.exp2(sink - peak)
+                acc = acc / weight[:, None]
                 if top:
-                    weight += tl.exp2(sink - peak)
-            acc = acc / weight[:, None]
-            if top:
-                tl.store(out_ptr + cell, acc.to(out_ptr.dtype.element_ty), mask=cell_ok)
-                active = False
-            else:
-                tl.debug_barrier()
-                slot = piece_slot(first_chunk, first) * (KV_HEADS * G)
-                tl.store(partial_ptr + (slot * D + cell), acc, mask=cell_ok)
-                tl.store(partial_lse_ptr + (slot + kv_head * G + heads), peak + tl.log2(weight), mask=row_ok)
-        width *= radix
-        counters += 2 * num_chunks * KV_HEADS
+                    tl.store(out_ptr + cell, acc.to(out_ptr.dtype.element_ty), mask=cell_ok)
+                    active = False
+                else:
+                    tl.debug_barrier()
+                    slot = piece_slot(first_chunk, first) * (KV_HEADS * G)
+                    tl.store(partial_ptr + (slot * D + cell), acc, mask=cell_ok)
+                    tl.store(partial_lse_ptr + (slot + kv_head * G + heads), peak + tl.log2(weight), mask=row_ok)
+            width *= radix
+            counters += 2 * num_chunks * KV_HEADS
 
 
 @triton.jit
@@ -173,7 +160,7 @@ def _join_together(
     out_ptr,
     partial_ptr,
     partial_lse_ptr,
-    arrived_ptr,
+    counter,
     piece,
     first_chunk,
     pieces,
@@ -186,9 +173,9 @@ def _join_together(
     UNPACK: tl.constexpr,
 ):
     """Every program waits until all pieces are there, then adds up its slices of the output."""
-    CELLS: tl.constexpr = min(8 * WARPS, D & -D)  # of a slice, which lies in one query head
+    WHOLE: tl.constexpr = D & -D
+    CELLS: tl.constexpr = 8 * WARPS if 8 * WARPS < WHOLE else WHOLE  # of a slice, which lies in one query head
     members = tl.arange(0, AT_ONCE)
-    counter = arrived_ptr + 8 * kv_head  # each in a sector of its own
     tl.debug_barrier()
     tl.atomic_add(counter, 1, sem="release", scope="gpu")
     while _arrivals(counter, UNPACK) < pieces:
