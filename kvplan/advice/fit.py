@@ -8,13 +8,12 @@ from dataclasses import replace
 from math import floor
 from typing import Any
 
-from kvplan.errors import KvplanError
 from kvplan.memory.cache_plan import CachePlan
 from kvplan.memory.engines.sglang_memory import FREE_AFTER_START_BYTES, LEAST_RUNNING
-from kvplan.memory.limits import kv_bytes_for, most_held
+from kvplan.memory.limits import kv_bytes_for, most_held, planned_with
 from kvplan.memory.plan import Advice, SizePlan
 from kvplan.memory.planner import fits
-from kvplan.memory.setup import Setup, budget_of, cache_plan, set_up, weights_of
+from kvplan.memory.setup import Setup, set_up
 from kvplan.units import format_count, format_gib, format_tokens
 
 
@@ -78,12 +77,8 @@ def _what_would_fit(setup: Setup, plan: CachePlan, answer: SizePlan) -> str:
 
 def _fits_with(setup: Setup, **fields: Any) -> bool:
     """Whether the request fits with some of its fields changed."""
-    try:
-        other = set_up(replace(setup.request, **fields))
-        plan, budget = cache_plan(other), budget_of(other, weights_of(other))
-    except KvplanError:
-        return False
-    return not budget.excess_bytes and fits(other, plan, budget) is True
+    found = planned_with(setup, fields)
+    return found is not None and not found[2].excess_bytes and fits(*found) is True
 
 
 def scheduler(setup: Setup, plan: CachePlan, answer: SizePlan) -> Iterator[Advice]:

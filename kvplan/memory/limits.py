@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from kvplan.errors import KvplanError
+from kvplan.memory.budget import Budget
 from kvplan.memory.cache_plan import CachePlan
 from kvplan.memory.setup import Setup, budget_of, cache_plan, set_up, weights_of
 
@@ -91,6 +92,15 @@ def most_held(setup: Setup, plan: CachePlan, available_bytes: int, context_token
     return setup.at_once(low)
 
 
+def planned_with(setup: Setup, edits: dict[str, Any]) -> tuple[Setup, CachePlan, Budget] | None:
+    """The plan with fields of the request changed; None when that cannot be planned."""
+    try:
+        other = set_up(replace(setup.request, **edits))
+        return other, cache_plan(other), budget_of(other, weights_of(other))
+    except KvplanError:
+        return None
+
+
 class Holds(NamedTuple):
     """What a plan holds at its context, over all replicas: requests, and the same before rounding down to whole ones.
 
@@ -110,10 +120,8 @@ class Holds(NamedTuple):
 
 def holds_with(setup: Setup, edits: dict[str, Any]) -> Holds | None:
     """What is held at the same context with fields of the request changed; None when that cannot be planned."""
-    try:
-        other = set_up(replace(setup.request, **edits))
-        plan = cache_plan(other)
-        available = budget_of(other, weights_of(other)).room_bytes
-    except KvplanError:
+    found = planned_with(setup, edits)
+    if found is None:
         return None
-    return None if available is None else Holds.of(other, plan, available)
+    other, plan, budget = found
+    return None if budget.room_bytes is None else Holds.of(other, plan, budget.room_bytes)
